@@ -1,0 +1,1 @@
+"""Triton kernels of product-key memory, one op a file."""

@@ -1,0 +1,1 @@
+"""The perf harness: sweeps, plots and kernel reports (`pkm-perf`)."""

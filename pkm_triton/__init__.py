@@ -1,0 +1,1 @@
+"""Product-key memory for PyTorch: Triton kernels, a layer, and a perf harness."""

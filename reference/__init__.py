@@ -1,0 +1,1 @@
+"""Pure PyTorch twins of the kernels: same files, names and signatures; the CPU backend."""
