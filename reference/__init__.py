@@ -1,1 +1,20 @@
-"""Pure PyTorch twins of the kernels: same files, names and signatures; the CPU backend."""
+"""Pure PyTorch twins of the kernels: same files, names and signatures; the CPU backend.
+
+Every function takes contiguous tensors whose shapes its caller has checked, runs on any device,
+and keeps its temporaries below the bound stated in `chunks`.
+"""
+
+from .flat_key_topk import flat_key_topk, flat_key_topk_backward
+from .gather_values import gather_values
+from .product_key_topk import product_key_topk, product_key_topk_backward
+from .scatter_values import gather_values_backward, gather_values_backward_sparse
+
+__all__ = [
+    "flat_key_topk",
+    "flat_key_topk_backward",
+    "gather_values",
+    "gather_values_backward",
+    "gather_values_backward_sparse",
+    "product_key_topk",
+    "product_key_topk_backward",
+]

@@ -1,0 +1,151 @@
+"""Argument checks: a user's mistake is named, with its value and what is allowed."""
+
+import math
+import operator
+
+import torch
+from torch import Tensor
+
+FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_SLOTS = 2**31 - 1  # slots are int32
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"[{', '.join(str(size) for size in tensor.shape)}]"
+
+
+def check_tensor(name: str, tensor: Tensor, form: str, dimensions: int, *, exact: bool) -> None:
+    """`tensor` is a floating tensor of (at least) so many dimensions, its shape written `form`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor {form}, not {type(tensor).__name__}")
+    if tensor.ndim != dimensions if exact else tensor.ndim < dimensions:
+        raise ValueError(f"{name} must have shape {form}, not {_shape(tensor)}")
+    if tensor.dtype not in FLOATING_DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in FLOATING_DTYPES)
+        raise TypeError(f"{name} has dtype {tensor.dtype}, but must be one of {allowed}")
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """All tensors lie on one device."""
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all tensors must be on one device, but got {where}")
+
+
+def check_integer(name: str, value: int, minimum: int) -> int:
+    """`value` is an integer, not a bool, of at least `minimum`; returned as an int."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r}") from None
+    if isinstance(value, bool) or number < minimum:
+        raise ValueError(f"{name} is {value}, but must be an integer of at least {minimum}")
+    return number
+
+
+def check_top_k(top_k: int, num_slots: int) -> int:
+    """1 <= top_k <= K, and K fits into int32."""
+    if num_slots > MAX_SLOTS:
+        raise ValueError(f"{num_slots} slots are too many: slots are int32, at most {MAX_SLOTS}")
+    top_k = check_integer("top_k", top_k, 1)
+    if top_k > num_slots:
+        raise ValueError(f"top_k is {top_k}, but there are only {num_slots} slots")
+    return top_k
+
+
+def check_product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> int:
+    """The arguments of `product_key_topk`; returns top_k as an int."""
+    check_tensor("query", query, "[..., H, d_q]", 2, exact=False)
+    check_tensor("subkeys", subkeys, "[H, 2, N, d_q / 2]", 4, exact=True)
+    heads, halves, num_subkeys, half_width = subkeys.shape
+    if halves != 2 or heads < 1 or num_subkeys < 1 or half_width < 1:
+        raise ValueError(f"subkeys must have shape [H, 2, N, d_q / 2], not {_shape(subkeys)}")
+    if query.shape[-2] != heads or query.shape[-1] != 2 * half_width:
+        raise ValueError(
+            f"query must have shape [..., {heads}, {2 * half_width}] to go with subkeys "
+            f"{_shape(subkeys)}, not {_shape(query)}"
+        )
+    check_same_device(query=query, subkeys=subkeys)
+    return check_top_k(top_k, num_subkeys**2)
+
+
+def check_flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> int:
+    """The arguments of `flat_key_topk`; returns top_k as an int."""
+    check_tensor("query", query, "[..., H, d_q]", 2, exact=False)
+    check_tensor("keys", keys, "[H, K, d_q]", 3, exact=True)
+    heads, num_keys, width = keys.shape
+    if heads < 1 or num_keys < 1 or width < 1:
+        raise ValueError(f"keys must have shape [H, K, d_q], not {_shape(keys)}")
+    if query.shape[-2] != heads or query.shape[-1] != width:
+        raise ValueError(
+            f"query must have shape [..., {heads}, {width}] to go with keys {_shape(keys)}, "
+            f"not {_shape(query)}"
+        )
+    check_same_device(query=query, keys=keys)
+    return check_top_k(top_k, num_keys)
+
+
+def check_gather_values(values: Tensor, slots: Tensor, weights: Tensor) -> None:
+    """The arguments of `gather_values`, but for the range of the slots (see `int32_slots`)."""
+    check_tensor("values", values, "[K, d_v]", 2, exact=True)
+    if values.shape[0] > MAX_SLOTS:
+        raise ValueError(f"values has {values.shape[0]} rows, but at most {MAX_SLOTS} are allowed")
+    check_tensor("weights", weights, "[..., R]", 1, exact=False)
+    check_slots(slots)
+    if slots.shape != weights.shape:
+        raise ValueError(
+            f"slots and weights must have the same shape, not {_shape(slots)} and {_shape(weights)}"
+        )
+    check_same_device(values=values, slots=slots, weights=weights)
+
+
+def check_slots(slots: Tensor) -> None:
+    """`slots` is an int32 or int64 tensor of at least one dimension."""
+    if not isinstance(slots, Tensor):
+        raise TypeError(f"slots must be a tensor [..., R], not {type(slots).__name__}")
+    if slots.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"slots has dtype {slots.dtype}, but must be torch.int32 or torch.int64")
+    if slots.ndim < 1:
+        raise ValueError("slots must have shape [..., R], not []")
+
+
+def int32_slots(slots: Tensor, num_slots: int) -> Tensor:
+    """`slots` contiguous and as int32, checked to lie in [0, num_slots) where that is free.
+
+    Only slots on the CPU can be checked without waiting for a device. Elsewhere a slot out of
+    range stays one: int64 values are clamped so that the cast cannot wrap them into range.
+
+    Raises:
+        ValueError: for a slot on the CPU that is out of range.
+    """
+    if slots.device.type == "cpu" and slots.numel() > 0:
+        low, high = (int(end) for end in slots.aminmax())
+        if low < 0 or high >= num_slots:
+            raise ValueError(
+                f"slots must lie in [0, {num_slots}), the rows of values, but range from {low} "
+                f"to {high}"
+            )
+    elif slots.dtype == torch.int64:
+        slots = slots.clamp(-1, num_slots)
+    return slots.to(torch.int32).contiguous()
+
+
+def check_mask(mask: Tensor, x: Tensor) -> None:
+    """`mask` is a bool tensor with one element a token of x [..., dim]."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor (True: a real token), not {kind}")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"mask must have shape {list(x.shape[:-1])} to go with x {_shape(x)}, not "
+            f"{_shape(mask)}"
+        )
+    check_same_device(x=x, mask=mask)
+
+
+def check_positive(name: str, value: float) -> float:
+    """`value` is a finite number above zero."""
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} is {value}, but must be a finite number above 0")
+    return value

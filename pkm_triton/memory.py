@@ -1,0 +1,195 @@
+"""The memory layers: product keys (paper 3) and the flat keys they are compared with."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import check_integer, check_mask, check_tensor, check_top_k
+from .ops import flat_key_topk, gather_values, product_key_topk
+from .query import QueryNetwork, QueryNorm
+
+
+class _KeyValueMemory(nn.Module, ABC):
+    """What both layers share: a query network, keys, and one table of values for all heads."""
+
+    keys_name: ClassVar[str]
+
+    def __init__(
+        self,
+        dim: int,
+        value_dim: int | None = None,
+        *,
+        num_subkeys: int = 512,
+        heads: int = 4,
+        top_k: int = 32,
+        query_dim: int = 512,
+        query_norm: QueryNorm = "batch",
+        query_hidden: Sequence[int] = (),
+        sparse_grad: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = check_integer("dim", dim, 1)
+        self.value_dim = dim if value_dim is None else check_integer("value_dim", value_dim, 1)
+        self.num_subkeys = check_integer("num_subkeys", num_subkeys, 1)
+        self.num_slots = self.num_subkeys**2
+        self.heads = check_integer("heads", heads, 1)
+        self.top_k = check_top_k(top_k, self.num_slots)
+        self.query_dim = check_integer("query_dim", query_dim, 2)
+        if self.query_dim % 2:
+            raise ValueError(f"query_dim is {query_dim}, but must be even: a query has two halves")
+        self.sparse_grad = bool(sparse_grad)
+        self.query_net = QueryNetwork(
+            dim, heads, query_dim, query_norm, query_hidden, device=device, dtype=dtype
+        )
+        keys = torch.empty(self._keys_shape(), device=device, dtype=dtype)
+        self.register_parameter(self.keys_name, nn.Parameter(keys))
+        self.values = nn.Parameter(
+            torch.empty(self.num_slots, self.value_dim, device=device, dtype=dtype)
+        )
+        self._reset_memory()
+
+    @abstractmethod
+    def _keys_shape(self) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def _topk(self, query: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def _reset_memory(self) -> None:
+        keys = self.get_parameter(self.keys_name)
+        bound = keys.shape[-1] ** -0.5
+        nn.init.uniform_(keys, -bound, bound)
+        nn.init.normal_(self.values, std=self.value_dim**-0.5)
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters anew.
+
+        Keys are uniform in ±1 / sqrt(their width), values normal with standard deviation
+        value_dim^-1/2, as in the original implementation.
+        """
+        self.query_net.reset_parameters()
+        self._reset_memory()
+
+    def lookup(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What each token reads, and how much of it.
+
+        Args:
+            x: [..., dim].
+            mask: [...], bool, False where a token is padding.
+
+        Returns:
+            weights [..., H, k], float32, which sum to 1 over k (paper equation 2), and slots
+            [..., H, k], int32. A masked token has zero weights, and the slots of some other
+            token, so that it reads, and trains, no row that no real token does.
+
+        Raises:
+            TypeError: if x is no floating tensor or mask no bool tensor.
+            ValueError: if a shape or a device does not fit.
+        """
+        check_tensor("x", x, f"[..., {self.dim}]", 1, exact=False)
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"x must have shape [..., {self.dim}], not {list(x.shape)}")
+        if mask is None:
+            scores, slots = self._topk(self.query_net(x))
+            return scores.softmax(-1), slots
+        check_mask(mask, x)
+        # Whatever lies in padding, NaN included, must reach neither statistics nor gradients.
+        x = x.masked_fill(~mask.unsqueeze(-1), 0)
+        scores, slots = self._topk(self.query_net(x, mask))
+        real = mask.unsqueeze(-1).unsqueeze(-1)
+        weights = scores.softmax(-1) * real
+        if mask.numel() > 0:
+            first = mask.flatten().to(torch.int8).argmax().unsqueeze(0)
+            slots = torch.where(real, slots, slots.flatten(0, -3).index_select(0, first))
+        return weights, slots.view(weights.shape)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The memory's output m(x), summed over heads (paper equation 3 and section 3.3).
+
+        Args:
+            x: [..., dim].
+            mask: [...], bool, False where a token is padding: its output is zero, and it enters
+                neither batch statistics nor gradients.
+
+        Returns:
+            [..., value_dim], in the dtype of `values`.
+
+        Raises:
+            TypeError: if x is no floating tensor or mask no bool tensor.
+            ValueError: if a shape or a device does not fit.
+        """
+        weights, slots = self.lookup(x, mask)
+        return gather_values(
+            self.values, slots.flatten(-2), weights.flatten(-2), sparse_grad=self.sparse_grad
+        )
+
+    def extra_repr(self) -> str:
+        """The layer's sizes."""
+        return (
+            f"dim={self.dim}, value_dim={self.value_dim}, num_subkeys={self.num_subkeys}, "
+            f"heads={self.heads}, top_k={self.top_k}, query_dim={self.query_dim}, "
+            f"num_slots={self.num_slots}, sparse_grad={self.sparse_grad}"
+        )
+
+
+class ProductKeyMemory(_KeyValueMemory):
+    """A product-key memory layer (Lample et al. 2019, section 3).
+
+    A query network makes one query a head. Each query's halves are scored against two codebooks
+    of `num_subkeys` sub-keys, which stand for `num_subkeys`² slots; the exact best `top_k` slots
+    are found, a softmax over their scores weighs their value rows, and the heads' sums add up.
+    Cost grows with `num_subkeys` and `heads · top_k`, not with the number of slots.
+
+    Args:
+        dim: width of a token.
+        value_dim: width of a value and of the output; by default `dim`.
+        num_subkeys: sub-keys a codebook, N = |C|; the memory has N² slots.
+        heads: heads, H.
+        top_k: slots read a head, k; 1 <= k <= N².
+        query_dim: width of a query a head, d_q; even.
+        query_norm: normalisation of the query: "batch" (the paper's), "layer" or None.
+        query_hidden: hidden widths of the query network; () makes it linear.
+        sparse_grad: make the gradient of `values` sparse (see `gather_values`).
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        query_net: the query network; [..., dim] to [..., H, d_q].
+        subkeys: parameter [H, 2, N, d_q / 2].
+        values: parameter [N², value_dim], shared by all heads. Layers may share it: assign one
+            layer's parameter to another.
+
+    Raises:
+        TypeError: if a size is no integer.
+        ValueError: if a size is out of range, query_dim is odd, or query_norm unknown.
+    """
+
+    keys_name = "subkeys"
+    subkeys: nn.Parameter
+
+    def _keys_shape(self) -> tuple[int, ...]:
+        return (self.heads, 2, self.num_subkeys, self.query_dim // 2)
+
+    def _topk(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        return product_key_topk(query, self.subkeys, self.top_k)
+
+
+class FlatKeyMemory(_KeyValueMemory):
+    """The paper's baseline: as `ProductKeyMemory`, with an explicit key for every slot.
+
+    Takes the same arguments, has K = num_subkeys² keys a head as its parameter `keys` [H, K, d_q],
+    and scores every query against all of them.
+    """
+
+    keys_name = "keys"
+    keys: nn.Parameter
+
+    def _keys_shape(self) -> tuple[int, ...]:
+        return (self.heads, self.num_slots, self.query_dim)
+
+    def _topk(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        return flat_key_topk(query, self.keys, self.top_k)

@@ -1,0 +1,90 @@
+"""How much of a memory is used, and how evenly (paper 4.2)."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._checks import check_integer, check_same_device, check_slots, check_tensor
+
+
+class MemoryUsage:
+    """Memory usage and KL divergence from uniform, over all the reads it is shown (paper 4.2).
+
+    With z'_i the sum of the weights given to slot i and z = z' / |z'|_1, the usage is the share of
+    slots with z_i not 0, and KL = log K + sum of z_i log z_i.
+
+    The sums z' are kept in float64 on the device of the reads. Nothing waits for that device:
+    `usage()` and `kl()` return tensors of one element.
+
+    Args:
+        num_slots: K.
+        device: where to keep the sums; by default where the first reads are.
+
+    Attributes:
+        weight_sums: z', float64 [K].
+
+    Raises:
+        TypeError: if num_slots is no integer.
+        ValueError: if num_slots is below 1.
+    """
+
+    def __init__(self, num_slots: int, device: torch.device | str | None = None) -> None:
+        self.num_slots = check_integer("num_slots", num_slots, 1)
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all reads."""
+        self.weight_sums = torch.zeros(self.num_slots, dtype=torch.float64, device=self._device)
+
+    @torch.no_grad()
+    def update(self, slots: Tensor, weights: Tensor) -> None:
+        """Add reads: slots [...], int32 or int64, and their weights [...].
+
+        Raises:
+            TypeError: if slots is no integer tensor or weights no floating tensor.
+            ValueError: if shapes or devices do not fit, or a slot on the CPU is out of range.
+        """
+        check_slots(slots)
+        check_tensor("weights", weights, "[..., R]", 1, exact=False)
+        if slots.shape != weights.shape:
+            raise ValueError(
+                f"slots and weights must have the same shape, not {list(slots.shape)} and "
+                f"{list(weights.shape)}"
+            )
+        if self._device is None:
+            self._device = slots.device
+            self.weight_sums = self.weight_sums.to(slots.device)
+        check_same_device(slots=slots, weights=weights, weight_sums=self.weight_sums)
+        if slots.device.type == "cpu" and slots.numel() > 0:
+            low, high = (int(end) for end in slots.aminmax())
+            if low < 0 or high >= self.num_slots:
+                raise ValueError(
+                    f"slots must lie in [0, {self.num_slots}), but range from {low} to {high}"
+                )
+        self.weight_sums.index_add_(0, slots.flatten(), weights.flatten().to(torch.float64))
+
+    def merge(self, other: "MemoryUsage") -> None:
+        """Add the reads another instance has seen, on any device.
+
+        Raises:
+            ValueError: if the other counts a memory of another size.
+        """
+        if other.num_slots != self.num_slots:
+            raise ValueError(
+                f"other has {other.num_slots} slots, but must have {self.num_slots} to be merged"
+            )
+        self.weight_sums += other.weight_sums.to(self.weight_sums.device)
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Add up what all ranks of a process group have seen; all ranks must call it."""
+        dist.all_reduce(self.weight_sums, group=group)
+
+    def usage(self) -> Tensor:
+        """The share of slots that were read with a weight that is not 0; in [0, 1]."""
+        return (self.weight_sums != 0).to(torch.float64).mean()
+
+    def kl(self) -> Tensor:
+        """KL divergence of the reads from uniform over all slots, in nats; NaN before any read."""
+        z = self.weight_sums / self.weight_sums.sum()
+        return torch.log(torch.tensor(self.num_slots, dtype=z.dtype)) + torch.xlogy(z, z).sum()

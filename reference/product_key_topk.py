@@ -1,0 +1,101 @@
+"""Product-key top-k: the k best of N² slots from two codebooks of N sub-keys (paper 3.1).
+
+Shapes: T tokens, H heads, N sub-keys a codebook, k reads a head, D = d_q / 2.
+    query [T, H, 2 D]; subkeys [H, 2, N, D]; scores, slots [T, H, k]; slot = i · N + j
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .chunks import token_chunks
+from .topk import scoring_dtype, topk_last_dim
+
+
+@functools.lru_cache(maxsize=64)
+def candidate_ranks(top_k: int, num_subkeys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The pairs of ranks, from 0, that can be among the best `top_k` sums of two sorted lists.
+
+    The pair of ranks (a, b), counted from 1, is beaten or equalled by the a·b - 1 pairs whose
+    ranks are no worse in both lists, so only pairs with a·b <= k matter: 119 of 1024 at k = 32.
+    """
+    pairs = [
+        (a - 1, b - 1)
+        for a in range(1, min(top_k, num_subkeys) + 1)
+        for b in range(1, min(top_k // a, num_subkeys) + 1)
+    ]
+    first, second = torch.tensor(pairs, device=device).unbind(-1)
+    return first.contiguous(), second.contiguous()
+
+
+def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The `top_k` slots of highest score, exactly (paper equation 4 and the text below it).
+
+    Args:
+        query: [T, H, d_q].
+        subkeys: [H, 2, N, d_q / 2].
+        top_k: 1 <= top_k <= N².
+
+    Returns:
+        scores [T, H, top_k], descending, float32 (float64 if an input is), and slots
+        [T, H, top_k], int32. A NaN among a query's sub-key scores makes all its scores NaN. The
+        sum of +inf and -inf is -inf: a slot that either half rules out is ruled out.
+    """
+    num_tokens, heads, query_dim = query.shape
+    num_subkeys = subkeys.shape[2]
+    dtype = scoring_dtype(query, subkeys)
+    keys = subkeys.to(dtype).transpose(-1, -2)
+    first_rank, second_rank = candidate_ranks(top_k, num_subkeys, query.device)
+    per_half = min(top_k, num_subkeys)
+    scores = query.new_empty(num_tokens, heads, top_k, dtype=dtype)
+    slots = query.new_empty(num_tokens, heads, top_k, dtype=torch.int32)
+    elements = heads * max(2 * num_subkeys, first_rank.numel())
+    for chunk in token_chunks(num_tokens, elements):
+        halves = query[chunk].to(dtype).view(-1, heads, 2, query_dim // 2).permute(1, 2, 0, 3)
+        best, index = topk_last_dim(halves @ keys, per_half)  # [H, 2, t, per_half]
+        sums = best[:, 0].index_select(-1, first_rank)
+        sums += best[:, 1].index_select(-1, second_rank)
+        sums.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        top, position = sums.topk(top_k, dim=-1)
+        # torch.topk puts NaN first, so the best of each half tells whether there is one.
+        top.masked_fill_(best[..., :1].isnan().any(1), torch.nan)
+        row = index[:, 0].gather(-1, first_rank[position])
+        column = index[:, 1].gather(-1, second_rank[position])
+        scores[chunk] = top.transpose(0, 1)
+        slots[chunk] = torch.add(column, row, alpha=num_subkeys).transpose(0, 1)
+    return scores, slots
+
+
+def product_key_topk_backward(
+    grad_scores: Tensor, query: Tensor, subkeys: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `product_key_topk`'s scores.
+
+    With S the sparse [T, N] matrix of a head and half (the scores' gradient at the sub-keys
+    chosen), the query's gradient is S · C and the codebook's is Sᵀ · Q.
+
+    Args:
+        grad_scores: [T, H, k].
+        query: [T, H, d_q].
+        subkeys: [H, 2, N, d_q / 2].
+        slots: [T, H, k], as returned.
+
+    Returns:
+        grad_query and grad_subkeys, of the shapes and dtypes of query and subkeys.
+    """
+    num_tokens, heads, query_dim = query.shape
+    num_subkeys = subkeys.shape[2]
+    dtype = scoring_dtype(query, subkeys)
+    keys = subkeys.to(dtype)
+    grad_query = torch.empty_like(query)
+    grad_keys = torch.zeros_like(keys)
+    for chunk in token_chunks(num_tokens, heads * 2 * num_subkeys):
+        halves = query[chunk].to(dtype).view(-1, heads, 2, query_dim // 2).permute(1, 2, 0, 3)
+        slot = slots[chunk].transpose(0, 1).to(torch.int64)
+        chosen = torch.stack([slot // num_subkeys, slot % num_subkeys], dim=1)  # [H, 2, t, k]
+        grad = grad_scores[chunk].to(dtype).transpose(0, 1).unsqueeze(1).expand_as(chosen)
+        sparse = grad.new_zeros(*chosen.shape[:-1], num_subkeys).scatter_add_(-1, chosen, grad)
+        grad_query[chunk] = (sparse @ keys).permute(2, 0, 1, 3).flatten(2)
+        grad_keys += sparse.transpose(-1, -2) @ halves
+    return grad_query, grad_keys.to(subkeys.dtype)
