@@ -11,13 +11,15 @@ from typing import Literal, get_args
 import torch
 
 Backend = Literal["auto", "triton", "torch"]
+_BACKENDS: tuple[Backend, ...] = get_args(Backend)
 ENVIRONMENT_VARIABLE = "PKM_TRITON_BACKEND"
 
 
 def _checked(name: str, source: str) -> Backend:
-    if name not in get_args(Backend):
-        raise ValueError(f"{source} is {name!r}, but must be one of {', '.join(get_args(Backend))}")
-    return name  # type: ignore[return-value]
+    for allowed in _BACKENDS:
+        if name == allowed:
+            return allowed
+    raise ValueError(f"{source} is {name!r}, but must be one of {', '.join(_BACKENDS)}")
 
 
 # A plain global, not a thread's or a context's: autograd runs backward passes in other threads,
@@ -45,9 +47,9 @@ class use_backend:
 
     def __init__(self, name: Backend) -> None:
         global _current
-        _checked(name, "backend")
-        self._previous = _current
-        _current = name
+        chosen = _checked(name, "backend")
+        self._previous: Backend = _current
+        _current = chosen
 
     def __enter__(self) -> "use_backend":
         return self

@@ -48,10 +48,7 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
         TypeError: if an argument is no floating tensor, or top_k no integer.
         ValueError: if shapes or devices do not fit, top_k is out of range, or N² >= 2³¹.
     """
-    top_k = check_product_key_topk(query, subkeys, top_k)
-    shape = query.shape[:-1]
-    scores, slots = _product_key_topk(query.flatten(0, -3), subkeys, top_k)
-    return scores.view(*shape, top_k), slots.view(*shape, top_k)
+    return _product_key_topk(query, subkeys, check_product_key_topk(query, subkeys, top_k))
 
 
 def flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -71,10 +68,7 @@ def flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
         TypeError: if an argument is no floating tensor, or top_k no integer.
         ValueError: if shapes or devices do not fit, top_k is out of range, or K >= 2³¹.
     """
-    top_k = check_flat_key_topk(query, keys, top_k)
-    shape = query.shape[:-1]
-    scores, slots = _flat_key_topk(query.flatten(0, -3), keys, top_k)
-    return scores.view(*shape, top_k), slots.view(*shape, top_k)
+    return _flat_key_topk(query, keys, check_flat_key_topk(query, keys, top_k))
 
 
 def gather_values(
@@ -101,8 +95,8 @@ def gather_values(
             slot reads nothing, and makes its token's output NaN.
     """
     check_gather_values(values, slots, weights)
-    op = _gather_values_sparse_grad if sparse_grad else _gather_values
     reads = slots.shape[-1]
+    op = _gather_values_sparse_grad if sparse_grad else _gather_values
     out = op(values, slots.reshape(-1, reads), weights.reshape(-1, reads))
     return out.view(*slots.shape[:-1], values.shape[1])
 
@@ -146,8 +140,8 @@ def _empty_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor
     return scores, query.new_empty(shape, dtype=torch.int32)
 
 
-def _topk_operator(name: str) -> Any:
-    """The operator of a lookup that both backends call `name`, with its gradient.
+def _topk(name: str) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+    """A lookup that both backends call `name`: its operators, and its gradient.
 
     query [T, H, d_q]; keys as the lookup has them; scores, slots [T, H, k].
     """
@@ -171,13 +165,6 @@ def _topk_operator(name: str) -> Any:
     ) -> tuple[Tensor, Tensor]:
         return query.new_empty(query.shape), keys.new_empty(keys.shape)
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(inputs[0], inputs[1], output[1])
-
-    def backward(ctx: Any, grad_scores: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *op_backward(grad_scores, *ctx.saved_tensors), None
-
     op = _register(
         f"{name}(Tensor query, Tensor keys, int top_k) -> (Tensor, Tensor)", run, _empty_topk
     )
@@ -187,8 +174,24 @@ def _topk_operator(name: str) -> Any:
         run_backward,
         fake_backward,
     )
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], inputs[1], output[1])
+
+    def backward(ctx: Any, grad_scores: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *op_backward(grad_scores, *ctx.saved_tensors), None
+
     _differentiate(op, save, backward, op_backward)
-    return op
+
+    def topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        heads, query_dim = query.shape[-2:]
+        rows = query.reshape(-1, heads, query_dim)
+        scores, slots = op(rows, keys, top_k)
+        shape = (*query.shape[:-1], top_k)
+        return scores.view(shape), slots.view(shape)
+
+    return topk
 
 
 def _run_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
@@ -213,7 +216,10 @@ def _run_gather_backward(
 ) -> tuple[Tensor, Tensor]:
     slots = int32_slots(slots, values.shape[0])
     if slots.numel() == 0:
-        return values.new_zeros(values.shape), weights.new_zeros(weights.shape)
+        return (
+            values.new_zeros(values.shape if needs_values else 0),
+            weights.new_zeros(weights.shape if needs_weights else 0),
+        )
     return reference.gather_values_backward(
         grad_output.contiguous(),
         values.contiguous(),
@@ -233,8 +239,8 @@ def _fake_gather_backward(
     needs_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     return (
-        values.new_empty(values.shape if needs_values else (0,)),
-        weights.new_empty(weights.shape if needs_weights else (0,)),
+        values.new_empty(values.shape if needs_values else 0),
+        weights.new_empty(weights.shape if needs_weights else 0),
     )
 
 
@@ -244,7 +250,8 @@ def _run_gather_backward_sparse(
     slots = int32_slots(slots, values.shape[0])
     if slots.numel() == 0:
         rows = slots.new_empty(0, dtype=torch.int64)
-        return rows, values.new_empty(0, values.shape[1]), weights.new_zeros(weights.shape)
+        grad_weights = weights.new_zeros(weights.shape if needs_weights else 0)
+        return rows, values.new_empty(0, values.shape[1]), grad_weights
     return reference.gather_values_backward_sparse(
         grad_output.contiguous(), values.contiguous(), slots, weights.contiguous(), needs_weights
     )
@@ -258,7 +265,7 @@ def _fake_gather_backward_sparse(
     return (
         slots.new_empty(num_rows, dtype=torch.int64),
         values.new_empty(num_rows, values.shape[1]),
-        weights.new_empty(weights.shape if needs_weights else (0,)),
+        weights.new_empty(weights.shape if needs_weights else 0),
     )
 
 
@@ -278,9 +285,9 @@ def _gather_backward_sparse(
     ctx: Any, grad_output: Tensor
 ) -> tuple[Tensor | None, None, Tensor | None]:
     needs_values, _, needs_weights = ctx.needs_input_grad
-    values, slots, weights = ctx.saved_tensors
     if not needs_values:
         return _gather_backward(ctx, grad_output)
+    values, slots, weights = ctx.saved_tensors
     rows, grad_rows, grad_weights = _gather_values_backward_sparse(
         grad_output, values, slots, weights, needs_weights
     )
@@ -290,13 +297,17 @@ def _gather_backward_sparse(
     return grad_values, None, grad_weights if needs_weights else None
 
 
-_product_key_topk = _topk_operator("product_key_topk")
-_flat_key_topk = _topk_operator("flat_key_topk")
-
-_GATHER_ARGUMENTS = "(Tensor values, Tensor slots, Tensor weights) -> Tensor"
-_gather_values = _register(f"gather_values{_GATHER_ARGUMENTS}", _run_gather, _fake_gather)
+_product_key_topk = _topk("product_key_topk")
+_flat_key_topk = _topk("flat_key_topk")
+_gather_values = _register(
+    "gather_values(Tensor values, Tensor slots, Tensor weights) -> Tensor",
+    _run_gather,
+    _fake_gather,
+)
 _gather_values_sparse_grad = _register(
-    f"gather_values_sparse_grad{_GATHER_ARGUMENTS}", _run_gather, _fake_gather
+    "gather_values_sparse_grad(Tensor values, Tensor slots, Tensor weights) -> Tensor",
+    _run_gather,
+    _fake_gather,
 )
 _gather_values_backward = _register(
     "gather_values_backward(Tensor grad_output, Tensor values, Tensor slots, Tensor weights,"

@@ -16,7 +16,7 @@ def split_weights(weights: Tensor, dtype: torch.dtype) -> list[Tensor]:
     remainder, rounded in turn, keeps 16 bits of them (22 in float16).
     """
     rounded = weights.to(dtype)
-    if torch.finfo(weights.dtype).eps >= torch.finfo(dtype).eps:
+    if weights.dtype == dtype or torch.finfo(weights.dtype).eps > torch.finfo(dtype).eps:
         return [rounded]
     return [rounded, (weights - rounded.to(weights.dtype)).to(dtype)]
 
@@ -33,9 +33,7 @@ def gather_values(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         [T, d_v] in the dtype of `values`. No [T, R, d_v] is formed.
     """
     parts = split_weights(weights, values.dtype)
-    return F.embedding_bag(
-        slots.repeat(1, len(parts)),
-        values,
-        per_sample_weights=torch.cat(parts, dim=-1),
-        mode="sum",
-    )
+    if len(parts) == 1:
+        return F.embedding_bag(slots, values, per_sample_weights=parts[0], mode="sum")
+    weights = torch.cat(parts, dim=-1)
+    return F.embedding_bag(slots.repeat(1, 2), values, per_sample_weights=weights, mode="sum")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .chunks import token_chunks
-from .topk import scoring_dtype, topk_last_dim
+from .topk import full_float32, scoring_dtype, topk_last_dim
 
 
 @functools.lru_cache(maxsize=64)
@@ -19,14 +19,19 @@ def candidate_ranks(top_k: int, num_subkeys: int, device: torch.device) -> tuple
 
     The pair of ranks (a, b), counted from 1, is beaten or equalled by the a·b - 1 pairs whose
     ranks are no worse in both lists, so only pairs with a·b <= k matter: 119 of 1024 at k = 32.
+
+    Returns:
+        Two tensors [C], int64: of each pair the rank in the first list, and the rank in the second
+        plus the length of the first, so that both point into the two lists laid end to end.
     """
+    per_half = min(top_k, num_subkeys)
     pairs = [
-        (a - 1, b - 1)
-        for a in range(1, min(top_k, num_subkeys) + 1)
-        for b in range(1, min(top_k // a, num_subkeys) + 1)
+        (a - 1, per_half + b - 1)
+        for a in range(1, per_half + 1)
+        for b in range(1, min(top_k // a, per_half) + 1)
     ]
-    first, second = torch.tensor(pairs, device=device).unbind(-1)
-    return first.contiguous(), second.contiguous()
+    first, second = torch.tensor(pairs, device=device).T.contiguous()
+    return first, second
 
 
 def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -46,25 +51,41 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
     num_subkeys = subkeys.shape[2]
     dtype = scoring_dtype(query, subkeys)
     keys = subkeys.to(dtype).transpose(-1, -2)
-    first_rank, second_rank = candidate_ranks(top_k, num_subkeys, query.device)
-    per_half = min(top_k, num_subkeys)
-    scores = query.new_empty(num_tokens, heads, top_k, dtype=dtype)
-    slots = query.new_empty(num_tokens, heads, top_k, dtype=torch.int32)
-    elements = heads * max(2 * num_subkeys, first_rank.numel())
+    ranks = candidate_ranks(top_k, num_subkeys, query.device)
+    elements = heads * 2 * max(num_subkeys, ranks[0].numel())
+    chunks = []
     for chunk in token_chunks(num_tokens, elements):
-        halves = query[chunk].to(dtype).view(-1, heads, 2, query_dim // 2).permute(1, 2, 0, 3)
-        best, index = topk_last_dim(halves @ keys, per_half)  # [H, 2, t, per_half]
-        sums = best[:, 0].index_select(-1, first_rank)
-        sums += best[:, 1].index_select(-1, second_rank)
+        halves = query[chunk].to(dtype).view(-1, heads, 2, query_dim // 2)
+        with full_float32(query.device):
+            scores = halves.permute(1, 2, 0, 3) @ keys
+        chunks.append(_best_pairs(scores.permute(2, 0, 1, 3), ranks, top_k))
+    if len(chunks) == 1:
+        return chunks[0]
+    return torch.cat([scores for scores, _ in chunks]), torch.cat([slots for _, slots in chunks])
+
+
+def _best_pairs(
+    half_scores: Tensor, ranks: tuple[Tensor, Tensor], top_k: int
+) -> tuple[Tensor, Tensor]:
+    """The best sums of one score from each half: half_scores [t, H, 2, N]; ranks two of [C]."""
+    num_subkeys = half_scores.shape[-1]
+    best, index = topk_last_dim(half_scores, min(top_k, num_subkeys))
+    first, second = (row.expand(*best.shape[:2], -1) for row in ranks)
+    lists = best.flatten(-2)
+    sums = lists.gather(-1, first) + lists.gather(-1, second)
+    # torch.topk puts NaN first, so the best of each half tells whether there is one; only there,
+    # or where +inf meets -inf, is a sum NaN.
+    leaders = best[..., 0]
+    regular = leaders.device.type == "cpu" and leaders.sum().item() < torch.inf
+    if not regular:
         sums.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        top, position = sums.topk(top_k, dim=-1)
-        # torch.topk puts NaN first, so the best of each half tells whether there is one.
-        top.masked_fill_(best[..., :1].isnan().any(1), torch.nan)
-        row = index[:, 0].gather(-1, first_rank[position])
-        column = index[:, 1].gather(-1, second_rank[position])
-        scores[chunk] = top.transpose(0, 1)
-        slots[chunk] = torch.add(column, row, alpha=num_subkeys).transpose(0, 1)
-    return scores, slots
+    scores, position = sums.topk(top_k, dim=-1)
+    if not regular:
+        scores.masked_fill_(leaders.isnan().any(-1, keepdim=True), torch.nan)
+    index = index.flatten(-2)
+    row = index.gather(-1, ranks[0].take(position))
+    column = index.gather(-1, ranks[1].take(position))
+    return scores, torch.add(column, row, alpha=num_subkeys).to(torch.int32)
 
 
 def product_key_topk_backward(

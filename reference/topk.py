@@ -1,5 +1,8 @@
 """Exact top-k of the last dimension, and the scoring precision the lookups share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -8,6 +11,24 @@ def scoring_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any tensor is float64, else float32: scores are never kept in less."""
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if wide else torch.float32
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Matrix products of float32 in float32, whatever `torch.set_float32_matmul_precision` says.
+
+    The reduced precisions it allows are enough to change which slots win.
+    """
+    matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    previous = matmul.fp32_precision
+    if previous in ("none", "ieee"):
+        yield
+        return
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = previous
 
 
 def topk_last_dim(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -25,8 +46,9 @@ def topk_last_dim(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         values [..., top_k], descending, and their indices (int64) in the last dimension.
     """
     width = scores.shape[-1]
-    # Measured on CPUs at widths 128 to 4096: below 16 k the gather costs what it saves.
-    if scores.device.type != "cpu" or width < 16 * top_k:
+    # Measured on CPUs at widths 128 to 4096: below 16 k the gather costs what it saves, and so do
+    # the calls where rows are few.
+    if scores.device.type != "cpu" or width < 16 * top_k or scores.numel() < 1 << 16:
         return scores.topk(top_k, dim=-1)
     size = 4 if width < 32 * top_k else 8
     num_groups = width // size

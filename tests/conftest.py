@@ -1,0 +1,24 @@
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "default",
+    deadline=None,  # the first example of a size pays for what later ones find cached
+    max_examples=60,
+    derandomize=bool(os.environ.get("CI")),
+)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device():
+    """Where the suite runs: the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
