@@ -1,0 +1,56 @@
+"""The command line, `pkm-perf`."""
+
+import argparse
+import importlib
+import sys
+
+_COMMANDS = {
+    "sweep": ("sweep_command", "measure a grid of points, and plot it (the main job)"),
+    "plot": ("plot", "make the tables and pictures again from a CSV"),
+    "compare": ("compare", "ratios of the medians of two CSVs"),
+    "kernels": ("kernel_report", "compile the kernels for GPUs and report their resources"),
+}
+"""Name, module and help. A module has `add_arguments(parser)` and `run(arguments) -> int`, and is
+imported only when its command is called."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit status: 2 for a user's mistake and 1 for an error of the file system, each told
+        in one line on stderr.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="pkm-perf", description="Measure product-key memory, and show what was measured."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    try:
+        for name, (module_name, text) in _COMMANDS.items():
+            command = commands.add_parser(name, help=text)
+            if words[:1] == [name]:
+                module = importlib.import_module(f".{module_name}", __package__)
+                command.description = module.__doc__
+                command.formatter_class = argparse.RawDescriptionHelpFormatter
+                module.add_arguments(command)
+                command.set_defaults(run=module.run)
+        arguments = parser.parse_args(words)
+        return arguments.run(arguments)
+    except ValueError as error:
+        return _complain(str(error), 2)
+    except OSError as error:
+        return _complain(str(error), 1)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith(__package__ or "pkm_triton"):
+            raise
+        return _complain(f"{error}; install it with: pip install 'pkm-triton[perf]'", 2)
+
+
+def _complain(text: str, status: int) -> int:
+    print(f"pkm-perf: {text}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

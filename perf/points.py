@@ -1,0 +1,134 @@
+"""One point of a sweep: what is measured, with which sizes, on which device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+IMPLEMENTATIONS = ("pkm_triton", "textbook", "product-key-memory")
+KEYS = ("product", "flat")
+PASSES = ("forward", "forward+backward")
+READS = ("layer", "uniform", "zipf")
+NORMS = ("batch", "layer", "none")
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def _require_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: {value!r} is unknown; allowed: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Point:
+    """The parameters of one measurement. Two points with equal fields are the same point.
+
+    Attributes:
+        implementation: `pkm_triton` (this library), `textbook` (plain PyTorch, written from the
+            paper) or `product-key-memory` (the package of that name).
+        keys: `product` (two codebooks of `num_subkeys` sub-keys) or `flat` (`num_subkeys`² keys).
+        num_subkeys: |C|; the memory has |C|² slots.
+        query_dim: width of one head's query.
+        query_norm: `batch`, `layer` or `none`; `product-key-memory` knows `layer` only.
+        tokens: tokens in one call.
+        pass_name: `forward` (evaluation, no gradients) or `forward+backward` (training).
+        sparse_grad: whether the gradient of the values is sparse; matters in backward only.
+        reads: which slots the gather reads: those the `layer` finds, or generated ones,
+            `uniform` or `zipf` (the probability of the slot of rank r is proportional to 1 / r).
+        device: `cpu` or `cuda`.
+        threads: CPU threads PyTorch may use.
+
+    Raises:
+        ValueError: a parameter is out of range.
+    """
+
+    implementation: str = "pkm_triton"
+    keys: str = "product"
+    num_subkeys: int = 512
+    top_k: int = 32
+    heads: int = 4
+    dim: int = 512
+    value_dim: int = 512
+    query_dim: int = 128
+    query_norm: str = "batch"
+    tokens: int = 512
+    pass_name: str = "forward"
+    sparse_grad: bool = False
+    dtype: str = "float32"
+    reads: str = "layer"
+    device: str = "cpu"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        _require_choice("implementation", self.implementation, IMPLEMENTATIONS)
+        _require_choice("keys", self.keys, KEYS)
+        _require_choice("query_norm", self.query_norm, NORMS)
+        _require_choice("pass", self.pass_name, PASSES)
+        _require_choice("dtype", self.dtype, tuple(DTYPES))
+        _require_choice("reads", self.reads, READS)
+        _require_choice("device", self.device, ("cpu", "cuda"))
+        for name in (
+            "num_subkeys",
+            "top_k",
+            "heads",
+            "dim",
+            "value_dim",
+            "query_dim",
+            "tokens",
+            "threads",
+        ):
+            value: Any = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name}: {value} is too small; at least 1 is needed")
+        if self.query_dim % 2:
+            raise ValueError(f"query_dim: {self.query_dim} is odd; it is split into two halves")
+        if self.top_k > self.num_slots:
+            raise ValueError(
+                f"top_k: {self.top_k} is above the {self.num_slots} slots of "
+                f"num_subkeys {self.num_subkeys}"
+            )
+        if self.num_slots >= 2**31:
+            raise ValueError(
+                f"num_subkeys: {self.num_subkeys} makes {self.num_slots} slots; below 2^31 allowed"
+            )
+
+    @property
+    def num_slots(self) -> int:
+        """K, the slots of the memory."""
+        return self.num_subkeys**2
+
+    @property
+    def backward(self) -> bool:
+        """Whether gradients are computed."""
+        return self.pass_name == "forward+backward"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of parameters and activations."""
+        return DTYPES[self.dtype]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return self.torch_dtype.itemsize
+
+    def unsupported(self) -> str | None:
+        """Why the implementation cannot run this point, or None where it can."""
+        if self.implementation != "product-key-memory":
+            return None
+        needed = {"keys": "product", "query_norm": "layer", "reads": "layer", "value_dim": self.dim}
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                return f"product-key-memory knows {name} {value} only"
+        return None
+
+    def label(self) -> str:
+        """A short name for progress bars and messages."""
+        return (
+            f"{self.implementation} {self.keys} |C|={self.num_subkeys} k={self.top_k} "
+            f"H={self.heads} T={self.tokens} {self.pass_name}"
+        )

@@ -1,0 +1,203 @@
+"""The passes of a point, ready to be run: a layer, its input, and each of its three parts."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import pkm_triton as pkm
+
+from .baselines import PackageMemory, TextbookMemory
+from .points import Point
+from .reads import generate_slots
+
+
+class Memory(Protocol):
+    """A layer in three parts. T tokens, H heads, k reads a head."""
+
+    query_net: nn.Module
+    """From x [T, dim] to queries [T, H, d_q]."""
+
+    def lookup(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and slots [T, H, k] for queries [T, H, d_q]."""
+        ...
+
+    def gather(self, slots: Tensor, weights: Tensor) -> Tensor:
+        """Outputs [T, d_v] for slots and weights [T, H, k]."""
+        ...
+
+
+class OwnMemory(nn.Module):
+    """A layer of pkm_triton, seen as three parts."""
+
+    def __init__(self, layer: "pkm.ProductKeyMemory | pkm.FlatKeyMemory") -> None:
+        super().__init__()
+        self.layer = layer
+        self.query_net = layer.query_net
+
+    def lookup(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and slots [T, H, k] for queries [T, H, d_q]."""
+        layer = self.layer
+        if isinstance(layer, pkm.ProductKeyMemory):
+            scores, slots = pkm.product_key_topk(query, layer.subkeys, layer.top_k)
+        else:
+            scores, slots = pkm.flat_key_topk(query, layer.keys, layer.top_k)
+        return scores.softmax(-1), slots
+
+    def gather(self, slots: Tensor, weights: Tensor) -> Tensor:
+        """Outputs [T, d_v] for slots and weights [T, H, k]."""
+        layer = self.layer
+        return pkm.gather_values(
+            layer.values, slots.flatten(1), weights.flatten(1), sparse_grad=layer.sparse_grad
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer itself: x [T, dim] to [T, d_v]."""
+        return self.layer(x)
+
+
+def build_memory(point: Point) -> nn.Module:
+    """Make the layer of a point, on its device.
+
+    Raises:
+        ImportError: the point asks for `product-key-memory`, which is not installed.
+    """
+    norm: Any = None if point.query_norm == "none" else point.query_norm
+    shared: dict[str, Any] = {
+        "num_subkeys": point.num_subkeys,
+        "heads": point.heads,
+        "top_k": point.top_k,
+        "query_dim": point.query_dim,
+        "sparse_grad": point.sparse_grad,
+        "device": point.device,
+        "dtype": point.torch_dtype,
+    }
+    if point.implementation == "product-key-memory":
+        return PackageMemory(point.dim, **shared)
+    if point.implementation == "textbook":
+        query_net = pkm.QueryNetwork(
+            point.dim,
+            point.heads,
+            point.query_dim,
+            norm,
+            device=point.device,
+            dtype=point.torch_dtype,
+        )
+        return TextbookMemory(query_net, point.value_dim, keys=point.keys, **shared)
+    kind = pkm.ProductKeyMemory if point.keys == "product" else pkm.FlatKeyMemory
+    return OwnMemory(kind(point.dim, point.value_dim, query_norm=norm, **shared))
+
+
+class Pass:
+    """A function run once for its time: forward alone, or forward and backward.
+
+    Args:
+        function: what is run on `inputs`; returns one tensor.
+        inputs: tensors of no graph; those of floating point get gradients in a backward pass.
+        parameters: what else gets gradients.
+        backward: whether to run the backward pass, from a gradient of ones.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        parameters: Sequence[Tensor] = (),
+        *,
+        backward: bool,
+    ) -> None:
+        self._function = function
+        self._inputs = [
+            tensor.detach().requires_grad_(backward and tensor.is_floating_point())
+            for tensor in inputs
+        ]
+        self._leaves = [*self._inputs, *parameters]
+        self._backward = backward
+        self._grad_output: Tensor | None = None
+
+    def run(self) -> None:
+        """Run the pass once; the gradients stay on the leaves."""
+        if not self._backward:
+            with torch.no_grad():
+                self._function(*self._inputs)
+            return
+        output = self._function(*self._inputs)
+        if self._grad_output is None:
+            self._grad_output = torch.ones_like(output)
+        output.backward(self._grad_output)
+
+    def clear(self) -> None:
+        """Forget the gradients; not part of the time."""
+        for leaf in self._leaves:
+            leaf.grad = None
+
+    def gradients(self) -> Iterator[Tensor]:
+        """The gradients the pass has left."""
+        return (leaf.grad for leaf in self._leaves if leaf.grad is not None)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A pass for each part of a layer, and how many different slots the gather reads."""
+
+    query: Pass
+    lookup: Pass
+    gather: Pass
+    distinct_slots: int
+
+
+class Workload:
+    """A built point: the whole pass, and the parts where the layer can be taken apart.
+
+    Attributes:
+        whole: the pass whose time is the row's.
+        parameter_bytes: parameters and buffers of the layer.
+    """
+
+    def __init__(self, point: Point, *, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        # The layers draw their parameters from the global generator.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            memory = build_memory(point)
+        memory.train(point.backward)
+        self._point = point
+        self._memory = memory
+        self._x = torch.randn(point.tokens, point.dim, generator=generator).to(
+            device=point.device, dtype=point.torch_dtype
+        )
+        self._slots: Tensor | None = None
+        if point.reads != "layer":
+            shape = (point.tokens, point.heads, point.top_k)
+            self._slots = generate_slots(
+                point.reads, shape, point.num_slots, generator=generator, device=point.device
+            )
+        function = memory if self._slots is None else self._read_generated
+        self.whole = Pass(function, [self._x], tuple(memory.parameters()), backward=point.backward)
+        tensors = (*memory.parameters(), *memory.buffers())
+        self.parameter_bytes = sum(tensor.nbytes for tensor in tensors)
+
+    def _read_generated(self, x: Tensor) -> Tensor:
+        memory: Memory = self._memory  # pyright: ignore[reportAssignmentType]
+        weights, _ = memory.lookup(memory.query_net(x))
+        return memory.gather(self._slots, weights)  # pyright: ignore[reportArgumentType]
+
+    def parts(self) -> Parts | None:
+        """The three parts, fed with what the layer makes; None for a layer without parts."""
+        if isinstance(self._memory, PackageMemory):
+            return None
+        memory: Memory = self._memory  # pyright: ignore[reportAssignmentType]
+        with torch.no_grad():
+            query = memory.query_net(self._x)
+            weights, slots = memory.lookup(query)
+        slots = slots if self._slots is None else self._slots
+        leaves = tuple(self._memory.parameters())
+        backward = self._point.backward
+        return Parts(
+            query=Pass(memory.query_net, [self._x], leaves, backward=backward),
+            lookup=Pass(lambda q: memory.lookup(q)[0], [query], leaves, backward=backward),
+            gather=Pass(memory.gather, [slots, weights], leaves, backward=backward),
+            distinct_slots=slots.unique().numel(),
+        )
