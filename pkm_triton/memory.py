@@ -104,8 +104,9 @@ class _KeyValueMemory(nn.Module, ABC):
         weights = scores.softmax(-1) * real
         if mask.numel() > 0:
             first = mask.flatten().to(torch.int8).argmax().unsqueeze(0)
-            slots = torch.where(real, slots, slots.flatten(0, -3).index_select(0, first))
-        return weights, slots.view(weights.shape)
+            rows = slots.reshape(mask.numel(), self.heads, self.top_k)
+            slots = torch.where(real, slots, rows.index_select(0, first)[0])
+        return weights, slots
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The memory's output m(x), summed over heads (paper equation 3 and section 3.3).

@@ -5,6 +5,7 @@ Behind each public function is one operator registered with torch.library, so th
 public functions are plain Python: they check, flatten the leading dimensions and call it.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -95,9 +96,9 @@ def gather_values(
             slot reads nothing, and makes its token's output NaN.
     """
     check_gather_values(values, slots, weights)
-    reads = slots.shape[-1]
+    rows = (math.prod(slots.shape[:-1]), slots.shape[-1])
     op = _gather_values_sparse_grad if sparse_grad else _gather_values
-    out = op(values, slots.reshape(-1, reads), weights.reshape(-1, reads))
+    out = op(values, slots.reshape(rows), weights.reshape(rows))
     return out.view(*slots.shape[:-1], values.shape[1])
 
 
@@ -185,8 +186,7 @@ def _topk(name: str) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
     _differentiate(op, save, backward, op_backward)
 
     def topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        heads, query_dim = query.shape[-2:]
-        rows = query.reshape(-1, heads, query_dim)
+        rows = query.reshape(math.prod(query.shape[:-2]), *query.shape[-2:])
         scores, slots = op(rows, keys, top_k)
         shape = (*query.shape[:-1], top_k)
         return scores.view(shape), slots.view(shape)

@@ -1,5 +1,6 @@
 """The query network: from a token to one query a head (paper 3.1, query generation)."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -74,9 +75,9 @@ class QueryNetwork(nn.Module):
         query: Tensor = self.layers(x)
         if isinstance(self.norm, nn.modules.batchnorm._BatchNorm):
             # nn.SyncBatchNorm.convert_sync_batchnorm may have put its own module here.
-            rows = query.flatten(0, -2)
-            mask = None if mask is None else mask.flatten()
-            return _batch_norm(self.norm, rows, mask).view(*x.shape[:-1], self.heads, -1)
+            rows = query.reshape(math.prod(x.shape[:-1]), query.shape[-1])
+            query = _batch_norm(self.norm, rows, None if mask is None else mask.flatten())
+            return query.view(*x.shape[:-1], self.heads, self.query_dim)
         return self.norm(query.unflatten(-1, (self.heads, self.query_dim)))
 
 

@@ -1,0 +1,111 @@
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import pkm_triton as pkm
+
+
+def brute_force(num_slots, slots, weights):
+    """Usage and KL as section 4.2 of the paper words them."""
+    sums = [0.0] * num_slots
+    for slot, weight in zip(
+        slots.flatten().tolist(), weights.double().flatten().tolist(), strict=True
+    ):
+        sums[slot] += weight
+    total = math.fsum(sums)
+    z = [s / total for s in sums]
+    usage = sum(value != 0 for value in z) / num_slots
+    kl = math.log(num_slots) + sum(value * math.log(value) for value in z if value > 0)
+    return usage, kl
+
+
+def reads(tokens=20, num_slots=50, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    slots = torch.randint(0, num_slots // 2, (tokens, 3, 4), generator=generator, dtype=torch.int32)
+    return slots, torch.rand(tokens, 3, 4, generator=generator)
+
+
+def test_equals_the_definition():
+    usage = pkm.MemoryUsage(50)
+    slots, weights = reads()
+    weights[slots == 3] = 0  # read, but with no weight: not used
+    usage.update(slots[:7], weights[:7])
+    usage.update(slots[7:].long(), weights[7:])
+    expected_usage, expected_kl = brute_force(50, slots, weights)
+    assert usage.usage().item() == pytest.approx(expected_usage, abs=1e-12)
+    assert usage.kl().item() == pytest.approx(expected_kl, abs=1e-12)
+
+
+def test_uniform_and_single_reads():
+    usage = pkm.MemoryUsage(8)
+    usage.update(torch.arange(8), torch.ones(8))
+    assert usage.usage() == 1
+    assert usage.kl().item() == pytest.approx(0, abs=1e-12)
+    usage.reset()
+    assert usage.usage() == 0
+    assert usage.kl().isnan()
+    usage.update(torch.tensor([5]), torch.tensor([0.3]))
+    assert usage.usage() == 1 / 8
+    assert usage.kl().item() == pytest.approx(math.log(8))
+
+
+def test_merge():
+    slots, weights = reads()
+    whole, first, second = (pkm.MemoryUsage(50) for _ in range(3))
+    whole.update(slots, weights)
+    first.update(slots[:9], weights[:9])
+    second.update(slots[9:], weights[9:])
+    first.merge(second)
+    torch.testing.assert_close(first.kl(), whole.kl())
+    assert first.usage() == whole.usage()
+    with pytest.raises(ValueError, match="other has 8 slots, but must have 50"):
+        first.merge(pkm.MemoryUsage(8))
+
+
+def _rank(rank, address, results):
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    usage = pkm.MemoryUsage(50)
+    usage.update(*reads(seed=rank))
+    usage.all_reduce()
+    results[rank] = (usage.usage().item(), usage.kl().item())
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_all_reduce(tmp_path):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_rank, (f"file://{tmp_path}/store", results), nprocs=2)
+        both = dict(results)
+    slots, weights = (torch.cat(pair) for pair in zip(reads(seed=0), reads(seed=1), strict=True))
+    expected = brute_force(50, slots, weights)
+    assert both[0] == both[1]
+    assert both[0] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("slots", "weights", "error", "message"),
+    [
+        (torch.tensor([50]), torch.ones(1), ValueError, r"slots must lie in \[0, 50\)"),
+        (torch.tensor([-1]), torch.ones(1), ValueError, r"slots must lie in \[0, 50\)"),
+        (torch.tensor([1.0]), torch.ones(1), TypeError, "slots has dtype torch.float32"),
+        (torch.tensor([1]), torch.ones(1).long(), TypeError, "weights has dtype torch.int64"),
+        (torch.tensor([1, 2]), torch.ones(1), ValueError, "the same shape"),
+    ],
+    ids=["high", "negative", "float slots", "integer weights", "shapes"],
+)
+def test_bad_reads_change_nothing(slots, weights, error, message):
+    usage = pkm.MemoryUsage(50)
+    usage.update(*reads())
+    before = usage.weight_sums.clone()
+    with pytest.raises(error, match=message):
+        usage.update(slots, weights)
+    assert torch.equal(usage.weight_sums, before)
+
+
+def test_bad_size():
+    with pytest.raises(ValueError, match="num_slots is 0"):
+        pkm.MemoryUsage(0)
