@@ -35,7 +35,8 @@ def measure_peak(
     """Run `call` once and follow every allocation torch's allocator makes on the device.
 
     The profiler reports each allocation and each release with its address and size, so the
-    figures are exact and repeat. Memory that libraries take elsewhere is not seen.
+    figures are exact and repeat. Memory that libraries take elsewhere is not seen, and the call
+    should not release what was allocated before it.
 
     Args:
         call: what to run.

@@ -1,5 +1,6 @@
 """Which points a sweep measures: presets, and the axes a user replaces."""
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -109,5 +110,8 @@ def make_points(
             fields = dict(zip(axes, values, strict=True))
             fields["threads"] = named.get(fields["threads"], fields["threads"])
             fields.setdefault("value_dim", fields.get("dim", Point.dim))
-            points[Point(**fields)] = None
+            point = Point(**fields)
+            if not point.backward:  # no gradient: one point, not two
+                point = dataclasses.replace(point, sparse_grad=False)
+            points[point] = None
     return list(points)

@@ -1,0 +1,118 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pkm_triton.perf import sweep_command
+from pkm_triton.perf.__main__ import main
+from pkm_triton.perf.records import SCHEMA, read_rows
+
+TINY = ["--preset", "quick", "--num-subkeys", "8", "16", "--dim", "16", "--query-dim", "8"]
+TINY += ["--tokens", "4", "--top-k", "1", "2", "3", "--heads", "2", "--seconds", "0.001"]
+TINY += ["--device", "cpu"]
+
+
+def test_a_sweep_ends_in_a_csv_tables_and_pictures(tmp_path, capsys):
+    folder = tmp_path / "new" / "folder"
+    assert main(["sweep", *TINY, "--output", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    for name in ("sweep.csv", "table.md", "comparison.md", "speed_against_size.png"):
+        assert (folder / name).exists()
+        assert str(folder / name) in printed
+    for row in read_rows(folder / "sweep.csv"):
+        assert row.ok or row.implementation == "product-key-memory", row.status
+    assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
+
+    (folder / "table.md").unlink()
+    assert main(["plot", str(folder)]) == 0
+    assert (folder / "table.md").exists()
+    assert main(["plot", str(folder / "sweep.csv"), "--output", str(tmp_path / "b")]) == 0
+    assert (tmp_path / "b" / "time_by_part.svg").exists()
+
+    capsys.readouterr()
+    csv = str(folder / "sweep.csv")
+    assert main(["compare", csv, csv]) == 0
+    assert "geometric mean of B / A: 1.000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--query-dim", "7"], "query_dim: 7 is odd"),
+        (["--top-k", "100"], "top_k: 100 is above the 64 slots"),
+        (["--preset", "slow"], "preset: 'slow' is unknown"),
+        (["--device", "tpu"], "device: 'tpu' is unknown; allowed: auto, cpu, cuda"),
+        (["--keys", "round"], "keys: 'round' is unknown; allowed: product, flat"),
+        (["--sparse-grad", "maybe"], "sparse-grad: 'maybe' is unknown; allowed: yes, no"),
+        (["--seconds", "0"], "seconds: 0.0 is not allowed"),
+        (["--memory-limit", "-2"], "memory-limit: "),
+        (["--threads", "0"], "threads: 0 is too small"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_nothing_is_written(arguments, message, tmp_path, capsys):
+    folder = tmp_path / "out"
+    assert main(["sweep", *TINY, "--output", str(folder), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pkm-perf: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not folder.exists()
+
+
+def never(*_, **__):
+    raise AssertionError("measured although it must not")
+
+
+def test_an_unwritable_folder_is_said_before_measuring(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep_command, "run_sweep", never)
+    (tmp_path / "file").write_text("")
+    assert main(["sweep", *TINY, "--output", str(tmp_path / "file" / "folder")]) == 2
+    assert "output: cannot write in" in capsys.readouterr().err
+    assert main(["plot", "--output", str(tmp_path / "file"), str(tmp_path / "none.csv")]) == 2
+    assert "there is no file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
+def test_a_read_only_folder_is_said_before_measuring(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep_command, "run_sweep", never)
+    tmp_path.chmod(0o500)
+    assert main(["sweep", *TINY, "--output", str(tmp_path)]) == 2
+    assert "output: cannot write in" in capsys.readouterr().err
+
+
+def test_a_csv_of_another_version_is_left_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep_command, "run_sweep", never)
+    path = tmp_path / "sweep.csv"
+    path.write_text(f"schema,tokens\n{SCHEMA + 1},4\n")
+    assert main(["sweep", *TINY, "--output", str(tmp_path)]) == 2
+    assert f"schema version {SCHEMA + 1}" in capsys.readouterr().err
+    assert path.read_text() == f"schema,tokens\n{SCHEMA + 1},4\n"
+
+
+def test_a_missing_library_is_named(tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("pkm_triton.perf.")]:
+        if not name.endswith("__main__"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert main(["plot"]) == 2
+    assert "pip install 'pkm-triton[perf]'" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_a_valid_csv_and_says_how_to_go_on(tmp_path):
+    tops = [str(top) for top in range(1, 60)]
+    command = [sys.executable, "-m", "pkm_triton.perf", "sweep", *TINY, "--output", str(tmp_path)]
+    command += ["--top-k", *tops]
+    path = tmp_path / "sweep.csv"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        _, error = running.communicate(timeout=60)
+    assert running.returncode == 130
+    rows = read_rows(path)
+    assert rows
+    assert f"Stopped; {len(rows)} rows are in {path}. The same command goes on" in error
