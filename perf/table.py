@@ -1,6 +1,7 @@
 """Markdown tables of a sweep: the form of the paper's Table 4, and the comparison."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from . import paper
 from .plot_style import count_label, slots_label
@@ -31,46 +32,49 @@ def _size_section(rows: Sequence[Row], pass_name: str) -> str | None:
     sizes = sorted({row.num_subkeys for row in own})
     if not sizes:
         return None
-    lines: list[list[str]] = [["\\|C\\|", *map(str, sizes)]]
-    notes: list[str] = []
+    lines = [["\\|C\\|", *map(str, sizes)]]
     for keys in ("flat", "product"):
-        by_size = {row.num_subkeys: row for row in own if row.keys == keys}
-        measured = [by_size[size] for size in sizes if size in by_size and by_size[size].ok]
-        notes += [
-            f"{keys} keys, {slots_label(row.num_slots)}: {row.status}."
-            for row in by_size.values()
-            if not row.ok
-        ]
-        if not measured:
-            continue
-        first = measured[0].median_ms
-        figures = {
-            "speed (tokens/s)": lambda row: count_label(row.tokens_per_s),
-            "time (ms)": lambda row: f"{row.median_ms:.4g}",
-            "slow-down": lambda row, first=first: f"{row.median_ms / first:.2f}×",
-            "query, lookup, gather (ms)": _parts,
-            "peak extra memory (MiB)": lambda row: f"{row.peak_bytes / 2**20:.1f}",
-            "parameters (MiB)": lambda row: f"{row.parameter_bytes / 2**20:.0f}",
-        }
-        for name, text in figures.items():
-            cells = [
-                text(by_size[size]) if size in by_size and by_size[size].ok else MISSING
-                for size in sizes
-            ]
-            lines.append([f"{name}, {keys} keys", *cells])
+        by_size = {row.num_subkeys: row for row in own if row.keys == keys and row.ok}
+        if by_size:
+            lines += _lines_of(by_size, sizes, f"{keys} keys")
     if pass_name == "forward":
-        published = {
-            keys: dict(zip(paper.TABLE_4_NUM_SUBKEYS, words, strict=True))
-            for keys, words in paper.TABLE_4_WORDS_PER_S.items()
-        }
-        lines += [
-            [f"paper, words/s of a whole model on GPUs, {keys} keys"]
-            + [count_label(words[size]) if size in words else MISSING for size in sizes]
-            for keys, words in published.items()
-        ]
+        lines += _published(sizes)
+    notes = [
+        f"{row.keys} keys, {slots_label(row.num_slots)}: {row.status}." for row in own if not row.ok
+    ]
     table = markdown(["memory size", *[slots_label(size**2) for size in sizes]], lines)
     caption = f"One layer, {pass_name}: {describe(own[0], 'num_subkeys')}. {machine(own[0])}."
     return "\n\n".join([f"### {pass_name.capitalize()}", caption, table, *notes])
+
+
+def _lines_of(by_size: Mapping[int, Row], sizes: Sequence[int], keys: str) -> list[list[str]]:
+    """The lines of one kind of keys; sizes without a measurement are marked."""
+    smallest = by_size[min(by_size)].median_ms
+    figures: dict[str, Callable[[Row], str]] = {
+        "speed (tokens/s)": lambda row: count_label(row.tokens_per_s),
+        "time (ms)": lambda row: f"{row.median_ms:.4g}",
+        "slow-down": lambda row: f"{row.median_ms / smallest:.2f}×",
+        "query, lookup, gather (ms)": _parts,
+        "peak extra memory (MiB)": lambda row: f"{row.peak_bytes / 2**20:.1f}",
+        "parameters (MiB)": lambda row: f"{row.parameter_bytes / 2**20:.0f}",
+    }
+    if not any(math.isnan(row.roofline) for row in by_size.values()):
+        figures["share of the memory bandwidth"] = lambda row: f"{row.roofline:.0%}"
+    return [
+        [f"{name}, {keys}"]
+        + [text(by_size[size]) if size in by_size else MISSING for size in sizes]
+        for name, text in figures.items()
+    ]
+
+
+def _published(sizes: Sequence[int]) -> list[list[str]]:
+    """The paper's own speeds."""
+    lines: list[list[str]] = []
+    for keys, speeds in paper.TABLE_4_WORDS_PER_S.items():
+        words = dict(zip(paper.TABLE_4_NUM_SUBKEYS, speeds, strict=True))
+        cells = [count_label(words[size]) if size in words else MISSING for size in sizes]
+        lines.append([f"paper, words/s of a whole model on GPUs, {keys} keys", *cells])
+    return lines
 
 
 def _parts(row: Row) -> str:

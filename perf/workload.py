@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +12,6 @@ import pkm_triton as pkm
 from .baselines import PackageMemory, TextbookMemory
 from .points import Point
 from .reads import generate_slots
-
-
-class Memory(Protocol):
-    """A layer in three parts. T tokens, H heads, k reads a head."""
-
-    query_net: nn.Module
-    """From x [T, dim] to queries [T, H, d_q]."""
-
-    def lookup(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and slots [T, H, k] for queries [T, H, d_q]."""
-        ...
-
-    def gather(self, slots: Tensor, weights: Tensor) -> Tensor:
-        """Outputs [T, d_v] for slots and weights [T, H, k]."""
-        ...
 
 
 class OwnMemory(nn.Module):
@@ -58,7 +43,12 @@ class OwnMemory(nn.Module):
         return self.layer(x)
 
 
-def build_memory(point: Point) -> nn.Module:
+Memory = OwnMemory | TextbookMemory | PackageMemory
+"""All take x [T, dim]; all but `PackageMemory` can be taken apart: `query_net` from x to queries
+[T, H, d_q], `lookup` from those to weights and slots [T, H, k], `gather` to outputs [T, d_v]."""
+
+
+def build_memory(point: Point) -> Memory:
     """Make the layer of a point, on its device.
 
     Raises:
@@ -180,20 +170,22 @@ class Workload:
         self.parameter_bytes = sum(tensor.nbytes for tensor in tensors)
 
     def _read_generated(self, x: Tensor) -> Tensor:
-        memory: Memory = self._memory  # pyright: ignore[reportAssignmentType]
+        memory = self._memory
+        assert not isinstance(memory, PackageMemory)
+        assert self._slots is not None
         weights, _ = memory.lookup(memory.query_net(x))
-        return memory.gather(self._slots, weights)  # pyright: ignore[reportArgumentType]
+        return memory.gather(self._slots, weights)
 
     def parts(self) -> Parts | None:
         """The three parts, fed with what the layer makes; None for a layer without parts."""
-        if isinstance(self._memory, PackageMemory):
+        memory = self._memory
+        if isinstance(memory, PackageMemory):
             return None
-        memory: Memory = self._memory  # pyright: ignore[reportAssignmentType]
         with torch.no_grad():
             query = memory.query_net(self._x)
             weights, slots = memory.lookup(query)
         slots = slots if self._slots is None else self._slots
-        leaves = tuple(self._memory.parameters())
+        leaves = tuple(memory.parameters())
         backward = self._point.backward
         return Parts(
             query=Pass(memory.query_net, [self._x], leaves, backward=backward),

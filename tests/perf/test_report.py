@@ -58,6 +58,12 @@ def test_the_size_table_has_the_rows_figures(size_rows):
     assert "some CPU, 2 cores, 1 thread; torch 2.13.0" in table
 
 
+def test_on_a_gpu_the_table_has_the_share_of_its_bandwidth(size_rows):
+    assert "bandwidth" not in size_table(size_rows)
+    rows = [a_row(num_subkeys=size, device="cuda", roofline=0.5) for size in SIZES]
+    assert cells(size_table(rows), "share of the memory bandwidth, product")[0] == "50%"
+
+
 def test_a_sweep_of_other_sizes_has_no_papers_figures():
     table = size_table([a_row(num_subkeys=size) for size in (100, 128)])
     assert cells(table, "paper, words/s of a whole model on GPUs, product keys") == ["–", "35.8k"]
