@@ -50,15 +50,16 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
     num_tokens, heads, query_dim = query.shape
     num_subkeys = subkeys.shape[2]
     dtype = scoring_dtype(query, subkeys)
-    keys = subkeys.to(dtype).transpose(-1, -2)
+    keys = subkeys.to(dtype).flatten(0, 1).transpose(-1, -2)
     ranks = candidate_ranks(top_k, num_subkeys, query.device)
     elements = heads * 2 * max(num_subkeys, ranks[0].numel())
     chunks = []
     for chunk in token_chunks(num_tokens, elements):
-        halves = query[chunk].to(dtype).view(-1, heads, 2, query_dim // 2)
+        halves = query[chunk].to(dtype).view(-1, 2 * heads, query_dim // 2)
         with full_float32(query.device):
-            scores = halves.permute(1, 2, 0, 3) @ keys
-        chunks.append(_best_pairs(scores.permute(2, 0, 1, 3), ranks, top_k))
+            scores = torch.bmm(halves.transpose(0, 1), keys)  # [2 H, t, N]
+        scores = scores.transpose(0, 1).unflatten(1, (heads, 2))
+        chunks.append(_best_pairs(scores, ranks, top_k))
     if len(chunks) == 1:
         return chunks[0]
     return torch.cat([scores for scores, _ in chunks]), torch.cat([slots for _, slots in chunks])

@@ -19,7 +19,8 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
     The reduced precisions it allows are enough to change which slots win.
     """
-    matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    backends = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    matmul = backends.matmul  # pyright: ignore[reportAttributeAccessIssue]  (missing in stubs)
     previous = matmul.fp32_precision
     if previous in ("none", "ieee"):
         yield

@@ -192,15 +192,21 @@ OPCHECK_INPUTS = {
 
 
 @pytest.mark.parametrize("form", OPCHECK_INPUTS)
-@pytest.mark.parametrize("op", ["gather_values", "gather_values_sparse_grad"])
-def test_opcheck(op, form):
+@pytest.mark.parametrize("gradient", ["no", "a", "a sparse"])
+def test_opcheck(gradient, form):
     values, slots, weights = OPCHECK_INPUTS[form](*table(30, 8, 5, 6))
-    inputs = (values.requires_grad_(), slots, weights.requires_grad_())
-    # A sparse gradient is a subclass of its own to the traced checks; test_compile covers it.
     utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if op == "gather_values":
+    if gradient != "a sparse":
+        # The traced check knows no sparse gradients; test_integration covers them.
         utils.append("test_aot_dispatch_dynamic")
-    opcheck(getattr(torch.ops.pkm_triton, op).default, inputs, test_utils=utils)
+    if gradient != "no":
+        values, weights = values.requires_grad_(), weights.requires_grad_()
+    op = {
+        "no": torch.ops.pkm_triton.gather_values,
+        "a": torch.ops.pkm_triton.gather_values_with_gradient,
+        "a sparse": torch.ops.pkm_triton.gather_values_with_sparse_gradient,
+    }[gradient]
+    opcheck(op.default, (values, slots, weights), test_utils=utils)
 
 
 @pytest.mark.parametrize("form", OPCHECK_INPUTS)

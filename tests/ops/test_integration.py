@@ -61,7 +61,7 @@ def test_export(kind):
     tokens = torch.export.Dim("tokens", min=2)
     program = torch.export.export(layer, (torch.randn(4, 16),), dynamic_shapes=({0: tokens},))
     targets = {str(node.target) for node in program.graph.nodes}
-    assert "pkm_triton.gather_values.default" in targets
+    assert any(target.startswith("pkm_triton.gather_values") for target in targets)
     x = torch.randn(11, 16)
     torch.testing.assert_close(program.module()(x), layer(x))
 

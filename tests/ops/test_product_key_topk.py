@@ -261,7 +261,9 @@ OPCHECK_INPUTS = {
 @pytest.mark.parametrize("differentiable", [False, True])
 def test_opcheck(form, differentiable):
     query, subkeys = (t.requires_grad_(differentiable) for t in OPCHECK_INPUTS[form]())
-    opcheck(torch.ops.pkm_triton.product_key_topk.default, (query, subkeys, 5))
+    ops = torch.ops.pkm_triton
+    op = ops.product_key_topk_with_gradient if differentiable else ops.product_key_topk
+    opcheck(op.default, (query, subkeys, 5))
 
 
 @pytest.mark.parametrize("form", OPCHECK_INPUTS)
