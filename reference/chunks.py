@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator
 
-# The largest temporary any function of this folder makes holds this many elements (16 MiB of
-# float32), or one token's share where that alone is more.
+# A chunk's largest temporary holds this many elements, or one token's share where that is more.
 MAX_TEMPORARY_ELEMENTS = 1 << 22
+
+# What an op allocates at most beside its inputs and results, at float32 and k <= 64: the largest
+# temporary and what is derived from it. Indices of reads, O(T · R), come on top in the backward
+# pass of the gather.
+MAX_WORKING_BYTES = 12 * MAX_TEMPORARY_ELEMENTS
 
 
 def token_chunks(num_tokens: int, elements_per_token: int) -> Iterator[slice]:

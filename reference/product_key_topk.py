@@ -51,42 +51,45 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
     num_subkeys = subkeys.shape[2]
     dtype = scoring_dtype(query, subkeys)
     keys = subkeys.to(dtype).flatten(0, 1).transpose(-1, -2)
+    per_half = min(top_k, num_subkeys)
     ranks = candidate_ranks(top_k, num_subkeys, query.device)
     elements = heads * 2 * max(num_subkeys, ranks[0].numel())
     chunks = []
     for chunk in token_chunks(num_tokens, elements):
         halves = query[chunk].to(dtype).view(-1, 2 * heads, query_dim // 2)
         with full_float32(query.device):
-            scores = torch.bmm(halves.transpose(0, 1), keys)  # [2 H, t, N]
-        scores = scores.transpose(0, 1).unflatten(1, (heads, 2))
-        chunks.append(_best_pairs(scores, ranks, top_k))
+            # Not named, so that the scores, [2 H, t, N], are gone before the pairs are made.
+            best, index = topk_last_dim(torch.bmm(halves.transpose(0, 1), keys), per_half)
+        # A head's two lists end to end, [t, H, 2 k].
+        best = best.transpose(0, 1).reshape(-1, heads, 2 * per_half)
+        index = index.transpose(0, 1).reshape(-1, heads, 2 * per_half)
+        scores, row, column = _best_pairs(best, index, ranks, top_k)
+        chunks.append((scores, torch.add(column, row, alpha=num_subkeys).to(torch.int32)))
     if len(chunks) == 1:
         return chunks[0]
     return torch.cat([scores for scores, _ in chunks]), torch.cat([slots for _, slots in chunks])
 
 
 def _best_pairs(
-    half_scores: Tensor, ranks: tuple[Tensor, Tensor], top_k: int
-) -> tuple[Tensor, Tensor]:
-    """The best sums of one score from each half: half_scores [t, H, 2, N]; ranks two of [C]."""
-    num_subkeys = half_scores.shape[-1]
-    best, index = topk_last_dim(half_scores, min(top_k, num_subkeys))
+    best: Tensor, index: Tensor, ranks: tuple[Tensor, Tensor], top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best sums of one score from each of two lists, and what `index` says of both places.
+
+    best, index [t, H, 2 L], the lists end to end, each descending; ranks two of [C].
+    """
     first, second = (row.expand(*best.shape[:2], -1) for row in ranks)
-    lists = best.flatten(-2)
-    sums = lists.gather(-1, first) + lists.gather(-1, second)
+    sums = best.gather(-1, first) + best.gather(-1, second)
     # torch.topk puts NaN first, so the best of each half tells whether there is one; only there,
     # or where +inf meets -inf, is a sum NaN.
-    leaders = best[..., 0]
+    leaders = best[..., :: best.shape[-1] // 2]
     regular = leaders.device.type == "cpu" and leaders.sum().item() < torch.inf
     if not regular:
         sums.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     scores, position = sums.topk(top_k, dim=-1)
     if not regular:
         scores.masked_fill_(leaders.isnan().any(-1, keepdim=True), torch.nan)
-    index = index.flatten(-2)
-    row = index.gather(-1, ranks[0].take(position))
-    column = index.gather(-1, ranks[1].take(position))
-    return scores, torch.add(column, row, alpha=num_subkeys).to(torch.int32)
+    first, second = ranks[0].take(position), ranks[1].take(position)
+    return scores, index.gather(-1, first), index.gather(-1, second)
 
 
 def product_key_topk_backward(
