@@ -1,5 +1,6 @@
 """Product-key memory for PyTorch: Triton kernels, a layer, and a perf harness."""
 
+from . import optim
 from ._backend import backend, use_backend
 from .memory import FlatKeyMemory, ProductKeyMemory
 from .ops import flat_key_topk, gather_values, product_key_topk
@@ -17,6 +18,7 @@ __all__ = [
     "backend",
     "flat_key_topk",
     "gather_values",
+    "optim",
     "param_groups",
     "product_key_topk",
     "use_backend",

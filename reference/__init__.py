@@ -8,6 +8,7 @@ from .flat_key_topk import flat_key_topk, flat_key_topk_backward
 from .gather_values import gather_values
 from .product_key_topk import product_key_topk, product_key_topk_backward
 from .scatter_values import gather_values_backward, gather_values_backward_sparse
+from .sparse_adam import sparse_adam
 
 __all__ = [
     "flat_key_topk",
@@ -17,4 +18,5 @@ __all__ = [
     "gather_values_backward_sparse",
     "product_key_topk",
     "product_key_topk_backward",
+    "sparse_adam",
 ]
