@@ -9,6 +9,9 @@ from types import ModuleType, TracebackType
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
+
+from . import reference
 
 Backend = Literal["auto", "triton", "torch"]
 _BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -71,26 +74,66 @@ def triton_is_installed() -> bool:
 
 
 @functools.cache
-def _warn_without_triton() -> None:
+def _obstacle(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on tensors of `device`, and what to do; None if they can."""
+    if not triton_is_installed():
+        return "triton is not installed (pip install triton)"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and capability < (8, 0):
+            return (
+                f"the GPU has compute capability {capability[0]}.{capability[1]}, but the kernels "
+                "need 8.0 or higher"
+            )
+        return None
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return None
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except RuntimeError:
+        return (
+            f"triton has no driver for tensors on {device}: move them to a GPU, or set "
+            "TRITON_INTERPRET=1 in the environment before Python starts to have the kernels "
+            "interpreted, which is slow"
+        )
+    return None
+
+
+@functools.cache
+def _warn(obstacle: str) -> None:
     warnings.warn(
-        "triton is not installed: GPU tensors run the PyTorch reference, which is slower "
-        "(pip install triton)",
-        stacklevel=2,
+        f"{obstacle}; tensors on the GPU run the PyTorch reference, which is slower", stacklevel=2
     )
 
 
-def implementation(device: torch.device) -> ModuleType:
-    """The module whose functions run for tensors on `device`: `kernels` or `reference`.
+def implementation(*tensors: Tensor) -> ModuleType:
+    """The module whose functions run for these tensors: `kernels` or `reference`.
+
+    Under "auto" the reference takes tensors that are not on a GPU, float64, and, with one warning,
+    what Triton cannot run.
 
     Raises:
-        RuntimeError: if "triton" was asked for and triton is missing or has no driver for the
-            device's tensors.
+        RuntimeError: if "triton" was asked for and cannot run.
+        TypeError: if "triton" was asked for and a tensor is float64.
     """
-    if _current == "torch" or (_current == "auto" and device.type == "cpu"):
-        return importlib.import_module("pkm_triton.reference")
-    if not triton_is_installed():
-        if _current == "auto":
-            _warn_without_triton()
-            return importlib.import_module("pkm_triton.reference")
-        raise RuntimeError("backend 'triton' was asked for, but triton is not installed")
+    device = tensors[0].device
+    has_float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
+    if _current == "triton":
+        if has_float64:
+            raise TypeError(
+                "backend 'triton' takes float32, bfloat16 and float16; use_backend('torch') or "
+                "'auto' for float64"
+            )
+        obstacle = _obstacle(device)
+        if obstacle is not None:
+            raise RuntimeError(f"backend 'triton' was asked for, but {obstacle}")
+        return importlib.import_module("pkm_triton.kernels")
+    if _current == "torch" or device.type != "cuda" or has_float64:
+        return reference
+    obstacle = _obstacle(device)
+    if obstacle is not None:
+        _warn(obstacle)
+        return reference
     return importlib.import_module("pkm_triton.kernels")

@@ -172,7 +172,7 @@ def _topk(name: str) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
     def run(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         if query.shape[0] == 0:
             return _empty_topk(query, keys, top_k)
-        twin = getattr(implementation(query.device), name)
+        twin = getattr(implementation(query, keys), name)
         return twin(query.contiguous(), keys.contiguous(), top_k)
 
     def run_backward(
@@ -224,7 +224,7 @@ def _run_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     slots = int32_slots(slots, values.shape[0])
     if slots.numel() == 0:
         return values.new_zeros(slots.shape[0], values.shape[1])
-    twin = implementation(values.device).gather_values
+    twin = implementation(values, weights).gather_values
     return twin(values.contiguous(), slots, weights.contiguous())
 
 

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import warnings
@@ -10,8 +11,6 @@ from pkm_triton import _backend, reference
 
 
 def run(code, **environment):
-    import os
-
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         env={**os.environ, **environment},
@@ -55,18 +54,65 @@ def test_environment_variable():
 
 
 def test_auto_takes_the_reference_for_cpu_tensors():
-    assert _backend.implementation(torch.device("cpu")) is reference
+    assert _backend.implementation(torch.ones(1)) is reference
 
 
-def test_gpu_without_triton(monkeypatch):
-    """One warning and the reference under "auto"; an error if Triton was asked for."""
-    monkeypatch.setattr(_backend, "triton_is_installed", lambda: False)
-    _backend._warn_without_triton.cache_clear()
-    with pytest.warns(UserWarning, match="triton is not installed"):
-        assert _backend.implementation(torch.device("cuda")) is reference
+class OnGPU:
+    """Stands for a tensor on a GPU where there is none."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, dtype=torch.float32):
+        self.dtype = dtype
+
+
+@pytest.fixture
+def obstacle(monkeypatch):
+    """Sets what stands in Triton's way."""
+    _backend._warn.cache_clear()
+    yield lambda why: monkeypatch.setattr(_backend, "_obstacle", lambda device: why)
+    _backend._warn.cache_clear()
+
+
+def test_auto_falls_back_with_one_warning(obstacle):
+    obstacle("triton is not installed")
+    with pytest.warns(UserWarning, match="triton is not installed; tensors on the GPU run the"):
+        assert _backend.implementation(OnGPU()) is reference
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _backend.implementation(torch.device("cuda")) is reference
-    with pkm.use_backend("triton"), pytest.raises(RuntimeError, match="triton is not installed"):
-        _backend.implementation(torch.device("cpu"))
-    _backend._warn_without_triton.cache_clear()
+        assert _backend.implementation(OnGPU()) is reference
+
+
+def test_asked_for_triton_that_cannot_run(obstacle):
+    obstacle("the GPU has compute capability 7.5, but the kernels need 8.0 or higher")
+    with pkm.use_backend("triton"), pytest.raises(RuntimeError, match="compute capability 7.5"):
+        _backend.implementation(OnGPU())
+
+
+def test_float64_is_the_references(obstacle):
+    obstacle(None)
+    assert _backend.implementation(OnGPU(), OnGPU(torch.float64)) is reference
+    with pkm.use_backend("triton"), pytest.raises(TypeError, match="for float64"):
+        _backend.implementation(OnGPU(), OnGPU(torch.float64))
+
+
+def test_obstacles(monkeypatch):
+    _backend._obstacle.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "7.5, but the kernels need 8.0" in _backend._obstacle(torch.device("cuda", 0))
+    _backend._obstacle.cache_clear()
+    monkeypatch.setattr(_backend, "triton_is_installed", lambda: False)
+    assert "pip install triton" in _backend._obstacle(torch.device("cpu"))
+    _backend._obstacle.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is a driver")
+def test_triton_without_a_driver_says_what_to_do():
+    code = (
+        "import torch, pkm_triton as pkm\n"
+        "pkm.use_backend('triton')\n"
+        "pkm.product_key_topk(torch.randn(3, 2, 8), torch.randn(2, 2, 9, 4), 5)\n"
+    )
+    done = run(code, TRITON_INTERPRET="0")
+    assert "RuntimeError: backend 'triton' was asked for, but triton has no driver" in done.stderr
+    assert "TRITON_INTERPRET=1" in done.stderr
