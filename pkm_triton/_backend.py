@@ -75,7 +75,7 @@ def triton_is_installed() -> bool:
 
 @functools.cache
 def _obstacle(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on tensors of `device`, and what to do; None if they can."""
+    """What keeps the Triton kernels from running on `device`, and what to do; None if nothing."""
     if not triton_is_installed():
         return "triton is not installed (pip install triton)"
     if device.type == "cuda":
@@ -86,12 +86,13 @@ def _obstacle(device: torch.device) -> str | None:
                 "need 8.0 or higher"
             )
         return None
-    import triton
+    from triton import knobs
+    from triton.runtime import driver
 
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         return None
     try:
-        triton.runtime.driver.active.get_current_target()
+        driver.active.get_current_target()
     except RuntimeError:
         return (
             f"triton has no driver for tensors on {device}: move them to a GPU, or set "
