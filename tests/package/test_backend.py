@@ -85,7 +85,7 @@ def test_auto_falls_back_with_one_warning(obstacle):
 
 def test_asked_for_triton_that_cannot_run(obstacle):
     obstacle("the GPU has compute capability 7.5, but the kernels need 8.0 or higher")
-    with pkm.use_backend("triton"), pytest.raises(RuntimeError, match="capability 7[.]5"):
+    with pkm.use_backend("triton"), pytest.raises(RuntimeError, match=r"capability 7\.5"):
         _backend.implementation(OnGPU())
 
 
