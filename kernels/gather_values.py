@@ -1,0 +1,84 @@
+"""Gather of values: the weighted sum of the table rows each token reads (paper equation 3).
+
+Shapes: T tokens, R = H · k reads a token, K slots.
+    values [K, d_v]; slots [T, R] int32; weights [T, R]; out [T, d_v]
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def gather_values_kernel(
+    values_ptr,  # [K, D_V]
+    slots_ptr,  # [T, R]
+    weights_ptr,  # [T, R]
+    out_ptr,  # [T, D_V]
+    num_slots,
+    R: tl.constexpr, D_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_V columns of one token's output, and has BLOCK_R reads in flight."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    out = tl.zeros([BLOCK_V], tl.float32)
+    for first in tl.range(0, R, BLOCK_R):
+        read = first + tl.arange(0, BLOCK_R)
+        slot = tl.load(slots_ptr + token * R + read, mask=read < R, other=0)
+        weight = tl.load(weights_ptr + token * R + read, mask=read < R, other=0.0).to(tl.float32)
+        # A slot out of range reads nothing and shows as NaN.
+        inside = (slot >= 0) & (slot < num_slots)
+        weight = tl.where(inside, weight, float("nan"))
+        place = slot.to(tl.int64)[:, None] * D_V + column[None, :]
+        mask = (inside & (read < R))[:, None] & (column < D_V)[None, :]
+        rows = tl.load(values_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        out += tl.sum(rows * weight[:, None], 0)
+    tl.store(out_ptr + token * D_V + column, out.to(out_ptr.dtype.element_ty), mask=column < D_V)
+
+
+# Reads in flight and columns of a program, and its warps: for few tokens, whose columns must
+# fill the chip, and for many.
+FEW_TOKENS = 32
+FEW = {"BLOCK_R": 128, "BLOCK_V": 16, "num_warps": 8}
+MANY = {"BLOCK_R": 8, "BLOCK_V": 1024, "num_warps": 4}
+
+
+def gather_values(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """out[t] = sum over r of weights[t, r] · values[slots[t, r]], accumulated in float32.
+
+    Args:
+        values: [K, d_v].
+        slots: [T, R], int32. One outside [0, K) reads nothing and makes its token's output NaN.
+        weights: [T, R].
+
+    Returns:
+        [T, d_v] in the dtype of `values`.
+    """
+    num_tokens, reads = slots.shape
+    num_slots, width = values.shape
+    out = values.new_empty(num_tokens, width)
+    if out.numel() == 0:
+        return out
+    shape = dict(FEW if num_tokens <= FEW_TOKENS else MANY)
+    shape["BLOCK_R"] = min(shape["BLOCK_R"], triton.next_power_of_2(max(1, reads)))
+    shape["BLOCK_V"] = min(shape["BLOCK_V"], triton.next_power_of_2(width))
+    grid = (num_tokens, triton.cdiv(width, shape["BLOCK_V"]))
+    gather_values_kernel[grid](
+        values, slots, weights, out, num_slots, R=reads, D_V=width, num_stages=1,
+        enable_fp_fusion=True, **shape,
+    )  # fmt: skip
+    return out
+
+
+def gather_values_bytes(
+    num_tokens: int, reads: int, width: int, values_bytes: int, weights_bytes: int
+) -> int:
+    """What `gather_values` reads and writes, each read of a row counted."""
+    shape = FEW if num_tokens <= FEW_TOKENS else MANY
+    columns = triton.cdiv(width, min(shape["BLOCK_V"], triton.next_power_of_2(width)))
+    rows = num_tokens * reads * width * values_bytes
+    return (
+        rows
+        + columns * num_tokens * reads * (4 + weights_bytes)
+        + num_tokens * width * values_bytes
+    )

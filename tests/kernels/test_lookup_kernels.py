@@ -1,0 +1,183 @@
+"""Both lookups against brute force: exactly for small integers, by the tolerance rule otherwise."""
+
+import importlib
+
+import pytest
+import torch
+from oracle import all_flat_scores, all_product_scores, assert_distinct, assert_selects_exactly
+from tolerance import assert_close_to_oracle
+
+from pkm_triton import kernels
+
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+
+# T, H, d_q / 2, N, k, dtype of the query, of the sub-keys
+PRODUCT_CASES = [
+    (1, 1, 8, 1, 1, FLOAT32, FLOAT32),
+    (1, 4, 33, 70, 32, BFLOAT16, BFLOAT16),
+    (3, 2, 7, 40, 5, FLOAT32, FLOAT32),
+    (17, 1, 20, 130, 33, BFLOAT16, FLOAT16),
+    (20, 2, 8, 4, 16, FLOAT16, FLOAT16),
+    (2, 1, 5, 9, 60, FLOAT32, BFLOAT16),
+    (2, 1, 40, 300, 256, BFLOAT16, BFLOAT16),
+    (300, 1, 16, 128, 8, BFLOAT16, BFLOAT16),
+    (257, 2, 10, 700, 3, FLOAT16, FLOAT16),
+]
+FLAT_CASES = [
+    (1, 1, 8, 1, 1, FLOAT32, FLOAT32),
+    (3, 2, 20, 1000, 7, BFLOAT16, BFLOAT16),
+    (20, 1, 33, 300, 32, FLOAT32, FLOAT16),
+    (5, 1, 300, 90, 90, BFLOAT16, BFLOAT16),
+    (260, 1, 16, 640, 16, FLOAT16, FLOAT16),
+]
+
+
+def identify(value):
+    return str(value).removeprefix("torch.")
+
+
+def small_integers(*shape, dtype=FLOAT32, device="cpu"):
+    """Values whose products and sums are exact in every dtype: ties abound."""
+    return torch.randint(-4, 5, shape).to(device, dtype)
+
+
+def scores_by_torch(query, subkeys):
+    """The scores of all slots as plain PyTorch makes them, accumulated in float32."""
+    first, second = query.float().chunk(2, dim=-1)
+    rows = torch.einsum("thd,hnd->thn", first, subkeys[:, 0].float())
+    columns = torch.einsum("thd,hnd->thn", second, subkeys[:, 1].float())
+    return (rows[..., :, None] + columns[..., None, :]).flatten(-2)
+
+
+@pytest.mark.parametrize("case", PRODUCT_CASES, ids=lambda c: "-".join(map(identify, c)))
+def test_product_is_exact(case, device, guard):
+    num_tokens, heads, width, num_subkeys, top_k, query_dtype, key_dtype = case
+    query = small_integers(num_tokens, heads, 2 * width, dtype=query_dtype, device=device)
+    subkeys = small_integers(heads, 2, num_subkeys, width, dtype=key_dtype, device=device)
+    scores, slots = kernels.product_key_topk(query, subkeys, top_k)
+    assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
+
+
+@pytest.mark.parametrize("case", FLAT_CASES, ids=lambda c: "-".join(map(identify, c)))
+def test_flat_is_exact(case, device, guard):
+    num_tokens, heads, width, num_keys, top_k, query_dtype, key_dtype = case
+    query = small_integers(num_tokens, heads, width, dtype=query_dtype, device=device)
+    keys = small_integers(heads, num_keys, width, dtype=key_dtype, device=device)
+    scores, slots = kernels.flat_key_topk(query, keys, top_k)
+    assert_selects_exactly(scores, slots, all_flat_scores(query, keys))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16], ids=identify)
+def test_product_scores_are_accurate(dtype, device, guard):
+    query = torch.randn(5, 2, 96, device=device).to(dtype)
+    subkeys = torch.randn(2, 2, 200, 48, device=device).to(dtype)
+    scores, slots = kernels.product_key_topk(query, subkeys, 32)
+    everything = all_product_scores(query, subkeys)
+    ours = everything.gather(-1, slots.long())
+    same = scores_by_torch(query, subkeys)
+    assert_distinct(slots, 200**2)
+    assert_close_to_oracle(scores, ours, same.gather(-1, slots.long()))
+    assert_close_to_oracle(scores, everything.topk(32).values, same.topk(32).values)
+
+
+def test_ties_everywhere(device, guard):
+    query = torch.zeros(17, 1, 16, device=device)
+    subkeys = torch.randn(1, 2, 300, 8, device=device)
+    scores, slots = kernels.product_key_topk(query, subkeys, 20)
+    assert (scores == 0).all()
+    assert_distinct(slots, 300**2)
+
+
+def test_scores_far_apart(device, guard):
+    # Too far for a narrow key: the wide path.
+    query = torch.ones(2, 1, 4, device=device)
+    subkeys = torch.logspace(-30, 30, 200, device=device).view(1, 1, 200, 1).repeat(1, 2, 1, 2)
+    subkeys[:, :, ::2] *= -1
+    scores, slots = kernels.product_key_topk(query, subkeys, 32)
+    everything = scores_by_torch(query, subkeys)
+    torch.testing.assert_close(scores, everything.topk(32).values, rtol=0, atol=0)
+    torch.testing.assert_close(everything.gather(-1, slots.long()), scores, rtol=0, atol=0)
+
+
+def test_ascending_scores_overflow_no_list(device, guard):
+    # Every key beats all before it, so every key is appended.
+    query = torch.ones(1, 1, 1, device=device)
+    keys = torch.arange(3000.0, device=device).view(1, 3000, 1)
+    scores, slots = kernels.flat_key_topk(query, keys, 4)
+    assert slots.flatten().tolist() == [2999, 2998, 2997, 2996]
+    assert scores.flatten().tolist() == [2999, 2998, 2997, 2996]
+
+
+def test_nan_stays_in_its_row(device, guard):
+    query = torch.randn(40, 2, 16, device=device)
+    subkeys = torch.randn(2, 2, 200, 8, device=device)
+    clean, _ = kernels.product_key_topk(query, subkeys, 9)
+    query[7, 1, 3] = torch.nan
+    scores, slots = kernels.product_key_topk(query, subkeys, 9)
+    assert scores[7, 1].isnan().all()
+    assert_distinct(slots, 200**2)
+    clean[7, 1] = scores[7, 1]
+    assert torch.equal(clean.nan_to_num(), scores.nan_to_num())
+
+
+def test_one_nan_key_spoils_its_head(device, guard):
+    query = torch.randn(3, 2, 8, device=device)
+    keys = torch.randn(2, 400, 8, device=device)
+    keys[1, 333, 2] = torch.nan
+    scores, slots = kernels.flat_key_topk(query, keys, 5)
+    assert scores[:, 1].isnan().all()
+    assert not scores[:, 0].isnan().any()
+    assert_distinct(slots, 400)
+
+
+# Infinite sub-keys times the zeros of absent rows.
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_infinities(device, guard):
+    # One element wide, so that a sub-key is its score.
+    query = torch.ones(1, 1, 2, device=device)
+    subkeys = torch.randn(1, 2, 40, 1, device=device)
+    subkeys[0, 0, :3], subkeys[0, 1, 5:9] = torch.inf, -torch.inf
+    scores, slots = kernels.product_key_topk(query, subkeys, 200)
+    everything = scores_by_torch(query, subkeys).nan_to_num(
+        nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf
+    )
+    assert torch.equal(scores, everything.topk(200).values)
+    assert_distinct(slots, 1600)
+
+
+def test_no_token(device):
+    query, subkeys = torch.empty(0, 2, 8, device=device), torch.randn(2, 2, 6, 4, device=device)
+    scores, slots = kernels.product_key_topk(query, subkeys, 3)
+    assert scores.shape == slots.shape == (0, 2, 3)
+    scores, slots = kernels.flat_key_topk(query, torch.randn(2, 6, 8, device=device), 3)
+    assert scores.shape == slots.shape == (0, 2, 3)
+
+
+def test_unaligned_storage(device, guard):
+    query = small_integers(5 * 12 + 1, device=device)[1:].view(5, 1, 12)
+    subkeys = small_integers(2 * 50 * 6 + 1, device=device)[1:].view(1, 2, 50, 6)
+    scores, slots = kernels.product_key_topk(query, subkeys, 6)
+    assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
+
+
+def test_top_k_beyond_the_kernels(device):
+    subkeys = torch.randn(1, 2, 512, 4, device=device)
+    with pytest.raises(ValueError, match="4096"):
+        kernels.product_key_topk(torch.randn(1, 1, 8, device=device), subkeys, 4096)
+
+
+def test_any_order_of_programs_gives_the_same_bits(guarded):
+    query, subkeys = torch.randn(17, 1, 16), torch.randn(1, 2, 20, 8)
+    results = []
+    for seed in range(20):
+        with guarded(seed):
+            results.append(kernels.product_key_topk(query, subkeys, 4))
+    for scores, slots in results:
+        assert torch.equal(scores, results[0][0])
+        assert torch.equal(slots, results[0][1])
+
+
+def test_launchers_are_the_public_ones():
+    for name in ("product_key_topk", "flat_key_topk", "gather_values"):
+        module = importlib.import_module(f"pkm_triton.kernels.{name}")
+        assert getattr(kernels, name) is getattr(module, name)
