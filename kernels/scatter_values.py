@@ -1,0 +1,382 @@
+"""Gradients of the gather of values: a scatter-add over the table, and sampled products.
+
+With S the sparse [T, K] matrix of (slots, weights), R entries a row, the gather is S · V, the
+values' gradient is Sᵀ · G and the weights' is G · Vᵀ at the places of S.
+
+Shapes: T tokens, R reads a token, K slots, M rows that were read, P stretches of the reads.
+    grad_output [T, d_v]; values [K, d_v]; slots, weights [T, R]; rows [M]; grad_rows [M, d_v]
+
+The reads are sorted by slot, stably: those of a row are a run, in token order. The runs are dealt
+out by stretches of the sorted reads, to one program each:
+    - a run belongs to the program of the stretch it begins in, which follows it into the next;
+    - a run that goes on beyond the next stretch is hot: each stretch it fills is a part of it, and
+      the parts, one a stretch at most, are summed in order by a second kernel.
+So a row is read once and written once however few its reads are, no program has more than two
+stretches of work however many they are, and every sum has one fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Programs that fill a GPU, and what a program is to have in reads; the latter grows with T, so
+# that the parts of hot rows stay this many.
+MOST_STRETCHES = 8192
+LEAST_STRETCH = 8
+# In a stretch's mark: no part of a hot row, or a part that is not the first.
+NO_PART = tl.constexpr(-1)
+LATER_PART = tl.constexpr(-2)
+
+
+@triton.jit
+def count_equal(ordered_ptr, start, length, slot, BLOCK: tl.constexpr):
+    """How many of `length` reads from start on are of this slot."""
+    count = 0
+    for first in tl.range(0, length, BLOCK, num_stages=1):
+        lane = first + tl.arange(0, BLOCK)
+        mask = lane < length
+        same = tl.load(ordered_ptr + start + lane, mask=mask, other=0) == slot
+        count += tl.sum((same & mask).to(tl.int32))
+    return count
+
+
+@triton.jit
+def share_of(ordered_ptr, num_reads, stretch, BLOCK: tl.constexpr):
+    """The reads begin .. end of this program's runs.
+
+    Also whether the first is a later part of a hot run, and whether the last is any part of one.
+    """
+    start = tl.program_id(0).to(tl.int64) * stretch
+    stop = tl.minimum(start + stretch, num_reads)
+    first = tl.load(ordered_ptr + start)
+    last = tl.load(ordered_ptr + stop - 1)
+    before = tl.load(ordered_ptr + start - 1, mask=start > 0, other=0)
+    inherited = (start > 0) & (before == first)
+    later = inherited & (first == last)
+    begin = start
+    if inherited & (first != last):
+        begin += count_equal(ordered_ptr, start, stop - start, first, BLOCK)
+    ahead = tl.minimum(num_reads - stop, stretch).to(tl.int32)
+    follows = 0
+    if ahead > 0:
+        if tl.load(ordered_ptr + stop) == last:
+            follows = count_equal(ordered_ptr, stop, ahead, last, BLOCK)
+    hot = (ahead > 0) & (follows == ahead)
+    end = stop
+    if not hot:
+        end += follows
+    return begin, end, later, later | hot
+
+
+@triton.jit(do_not_specialize=["num_reads", "num_slots", "stretch"])
+def scatter_values_kernel(
+    ordered_ptr,  # [T · R], the slots in order
+    order_ptr,  # [T · R], int64, where each was
+    grad_output_ptr,  # [T, D_V]
+    values_ptr,  # [K, D_V]
+    weights_ptr,  # [T, R]
+    ends_ptr,  # [P], int64, the number of rows up to each stretch; if COMPACT
+    rows_ptr,  # [M] int64 if COMPACT, else [K] uint8, ones for the rows that were read
+    grad_rows_ptr,  # [M or K, D_V]
+    grad_weights_ptr,  # [column blocks, T, R]
+    parts_ptr,  # [P, D_V] float32
+    marks_ptr,  # [P] int32: the row of which a part is first, or one of the constants above
+    num_reads, num_slots, stretch,
+    R: tl.constexpr, D_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
+    COMPACT: tl.constexpr, NEEDS_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    # A program owns BLOCK_V columns of the rows whose runs, or whose part, fall to its stretch.
+    program = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    in_row = column < D_V
+    # What is written once a row is written with the first columns.
+    first_columns = tl.program_id(1) == 0
+    begin, end, later, part = share_of(ordered_ptr, num_reads, stretch, BLOCK)
+    if NEEDS_WEIGHTS:
+        grad_weights_ptr += tl.program_id(1).to(tl.int64) * num_reads
+    rank = tl.cast(-1, tl.int64)
+    if COMPACT:
+        rank += tl.load(ends_ptr + program - 1, mask=program > 0, other=0)
+    total = tl.zeros([BLOCK_V], tl.float32)
+    value = tl.zeros([BLOCK_V], tl.float32)
+    # The next read's gradient is asked for before this one's is used.
+    slot = tl.load(ordered_ptr + begin)
+    read = tl.load(order_ptr + begin)
+    grad = tl.load(grad_output_ptr + read // R * D_V + column, mask=in_row, other=0.0)
+    weight = tl.load(weights_ptr + read)
+    fresh = True
+    inside = False
+    place = tl.cast(0, tl.int64)
+    for position in tl.range(begin, end, num_stages=1):
+        more = position + 1 < end
+        next_slot = tl.load(ordered_ptr + position + 1, mask=more, other=0)
+        next_read = tl.load(order_ptr + position + 1, mask=more, other=0)
+        next_place = next_read // R * D_V + column
+        next_mask = column < tl.where(more, D_V, 0)
+        next_grad = tl.load(grad_output_ptr + next_place, mask=next_mask, other=0.0)
+        next_weight = tl.load(weights_ptr + next_read, mask=more, other=0.0)
+        last = (next_slot != slot) | (position + 1 >= end)
+        grad_float = grad.to(tl.float32)
+        if fresh:
+            # A slot out of range adds to no row, and its weight's gradient is NaN.
+            inside = (slot >= 0) & (slot < num_slots)
+            total = tl.zeros([BLOCK_V], tl.float32)
+            if COMPACT:
+                rank += (inside & ((position != begin) | ~later)).to(tl.int64)
+                place = rank
+            else:
+                place = slot.to(tl.int64)
+            if NEEDS_WEIGHTS:
+                row = slot.to(tl.int64) * D_V + column
+                mask = column < tl.where(inside, D_V, 0)
+                value = tl.load(values_ptr + row, mask=mask, other=0.0).to(tl.float32)
+        total += grad_float * weight.to(tl.float32)
+        if NEEDS_WEIGHTS:
+            product = tl.where(inside, tl.sum(grad_float * value), float("nan"))
+            tl.store(grad_weights_ptr + read, product.to(grad_weights_ptr.dtype.element_ty))
+        if last:
+            whole = inside & ~(part & (position + 1 >= end))
+            row = total.to(grad_rows_ptr.dtype.element_ty)
+            mask = column < tl.where(whole, D_V, 0)
+            tl.store(grad_rows_ptr + place * D_V + column, row, mask=mask)
+            begins = inside & (~later | (position + 1 < end)) & first_columns
+            if COMPACT:
+                tl.store(rows_ptr + place, slot.to(tl.int64), mask=begins)
+            else:
+                tl.store(rows_ptr + place, tl.full([], 1, tl.uint8), mask=begins)
+            if position + 1 >= end:
+                mark = NO_PART
+                if part:
+                    tl.store(parts_ptr + program.to(tl.int64) * D_V + column, total, mask=in_row)
+                    mark = tl.where(inside, place.to(tl.int32), NO_PART)
+                    mark = tl.where(later, LATER_PART, mark)
+                tl.store(marks_ptr + program, mark, mask=first_columns)
+        fresh = last
+        slot = next_slot
+        read = next_read
+        grad = next_grad
+        weight = next_weight
+
+
+@triton.jit(do_not_specialize=["num_stretches"])
+def sum_parts_kernel(
+    parts_ptr,  # [P, D_V]
+    marks_ptr,  # [P]
+    grad_rows_ptr,  # [M or K, D_V]
+    num_stretches,
+    D_V: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    # A program owns BLOCK_V columns of the hot rows whose first part is in GROUP stretches.
+    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    start = tl.program_id(0) * GROUP
+    stop = tl.minimum(start + GROUP, num_stretches)
+    stretches = start + tl.arange(0, GROUP)
+    marks = tl.load(marks_ptr + stretches, mask=stretches < stop, other=NO_PART)
+    if tl.max(marks) >= 0:
+        for stretch in tl.range(start, stop, num_stages=1):
+            row = tl.load(marks_ptr + stretch)
+            if row >= 0:
+                total = tl.zeros([1, BLOCK_V], tl.float32)
+                first = stretch
+                while first < num_stretches:
+                    part = first + tl.arange(0, PARTS)[:, None]
+                    mark = tl.load(marks_ptr + part, mask=part < num_stretches, other=NO_PART)
+                    other = (mark != LATER_PART) & (part != stretch)
+                    end = tl.min(tl.where(other, part, first + PARTS))
+                    place = part.to(tl.int64) * D_V + column
+                    mask = (part < end) & (column < D_V)
+                    total += tl.sum(tl.load(parts_ptr + place, mask=mask, other=0.0), 0)[None, :]
+                    first = tl.where(end == first + PARTS, end, num_stretches)
+                place = tl.cast(row, tl.int64) * D_V + column
+                total = total.to(grad_rows_ptr.dtype.element_ty)
+                tl.store(grad_rows_ptr + place, total, mask=column < D_V)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def clear_unread_kernel(
+    read_ptr,  # [K] uint8
+    grad_values_ptr,  # [K, D_V]
+    num_slots,
+    D_V: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    # A program owns BLOCK_V columns of ROWS rows of the table.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    unread = (row < num_slots) & (tl.load(read_ptr + row, mask=row < num_slots, other=1) == 0)
+    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    zero = tl.zeros([ROWS, BLOCK_V], grad_values_ptr.dtype.element_ty)
+    tl.store(grad_values_ptr + row * D_V + column, zero, mask=unread & (column < D_V))
+
+
+@triton.jit(do_not_specialize=["num_reads", "num_slots", "stretch", "num_stretches"])
+def count_rows_kernel(
+    ordered_ptr,  # [T · R]
+    counts_ptr,  # [P]
+    num_reads, num_slots, stretch, num_stretches,
+    STRETCHES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # A program owns STRETCHES stretches, and counts the rows whose run begins in each.
+    index = tl.program_id(0) * STRETCHES + tl.arange(0, STRETCHES)
+    count = tl.zeros([STRETCHES], tl.int32)
+    for first in tl.range(0, stretch, BLOCK, num_stages=1):
+        lane = first + tl.arange(0, BLOCK)[None, :]
+        read = index.to(tl.int64)[:, None] * stretch + lane
+        mask = (lane < stretch) & (read < num_reads)
+        slot = tl.load(ordered_ptr + read, mask=mask, other=-1)
+        before = tl.load(ordered_ptr + read - 1, mask=mask & (read > 0), other=-1)
+        begins = (slot >= 0) & (slot < num_slots) & (slot != before)
+        count += tl.sum(begins.to(tl.int32), 1)
+    tl.store(counts_ptr + index, count, mask=index < num_stretches)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def sampled_products_kernel(
+    grad_output_ptr,  # [T, D_V]
+    values_ptr,  # [K, D_V]
+    slots_ptr,  # [T, R]
+    grad_weights_ptr,  # [T, R]
+    num_slots,
+    R: tl.constexpr, D_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+    READS: tl.constexpr,
+):  # fmt: skip
+    # A program owns READS reads of one token, and has BLOCK_R of them in flight.
+    token = tl.program_id(0).to(tl.int64)
+    first_read = tl.program_id(1) * READS
+    for first in tl.range(first_read, tl.minimum(first_read + READS, R), BLOCK_R, num_stages=1):
+        read = first + tl.arange(0, BLOCK_R)
+        slot = tl.load(slots_ptr + token * R + read, mask=read < R, other=0)
+        inside = (slot >= 0) & (slot < num_slots)
+        product = tl.zeros([BLOCK_R], tl.float32)
+        for first_column in tl.range(0, D_V, BLOCK_V, num_stages=1):
+            column = first_column + tl.arange(0, BLOCK_V)
+            in_row = column < D_V
+            grad = tl.load(grad_output_ptr + token * D_V + column, mask=in_row, other=0.0)
+            place = slot.to(tl.int64)[:, None] * D_V + column[None, :]
+            mask = (inside & (read < R))[:, None] & in_row[None, :]
+            value = tl.load(values_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            product += tl.sum(value * grad.to(tl.float32)[None, :], 1)
+        product = tl.where(inside, product, float("nan"))
+        product = product.to(grad_weights_ptr.dtype.element_ty)
+        tl.store(grad_weights_ptr + token * R + read, product, mask=read < R)
+
+
+def sampled_products(grad_output: Tensor, values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """The weights' gradient alone, which needs no order of the reads."""
+    num_tokens, reads = slots.shape
+    width = values.shape[1]
+    grad_weights = torch.empty_like(weights)
+    block_v = min(triton.next_power_of_2(width), 1024)
+    block_r = max(1, min(8192 // block_v, 64, triton.next_power_of_2(reads)))
+    # So many programs that a few tokens fill a GPU too.
+    share = block_r * max(1, num_tokens * reads // (MOST_STRETCHES * block_r))
+    sampled_products_kernel[(num_tokens, triton.cdiv(reads, share))](
+        grad_output, values, slots, grad_weights, values.shape[0],
+        R=reads, D_V=width, BLOCK_R=block_r, BLOCK_V=block_v, READS=share,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return grad_weights
+
+
+def scatter(
+    grad_output: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    needs_weights: bool,
+    compact: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rows and grad_rows if `compact`, else a flag a row and a table; and grad_weights."""
+    reads = slots.shape[1]
+    num_reads = slots.numel()
+    num_slots, width = values.shape
+    ordered, order = slots.flatten().sort(stable=True)
+    stretch = max(LEAST_STRETCH, triton.cdiv(num_reads, MOST_STRETCHES))
+    stretches = triton.cdiv(num_reads, stretch)
+    block_v = max(32, min(triton.next_power_of_2(width), 2048))
+    column_blocks = triton.cdiv(width, block_v)
+    marks = slots.new_empty(stretches)
+    if compact:
+        # The host has to know the number of rows, to allocate them: here it waits for the device.
+        count_rows_kernel[(triton.cdiv(stretches, 32),)](
+            ordered, marks, num_reads, num_slots, stretch, stretches,
+            STRETCHES=32, BLOCK=64, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        ends = marks.cumsum(0)
+        rows = ends.new_empty(int(ends[-1]))
+        grad_rows = values.new_empty(rows.shape[0], width)
+    else:
+        ends = order
+        rows = slots.new_zeros(num_slots, dtype=torch.uint8)
+        grad_rows = torch.empty_like(values)
+    parts = values.new_empty(stretches, width, dtype=torch.float32)
+    if not needs_weights:
+        grad_weights = weights.new_empty(0)
+    elif column_blocks == 1:
+        grad_weights = torch.empty_like(weights)
+    else:
+        grad_weights = weights.new_empty(column_blocks, *weights.shape, dtype=torch.float32)
+    scatter_values_kernel[(stretches, column_blocks)](
+        ordered, order, grad_output, values, weights, ends, rows, grad_rows, grad_weights, parts,
+        marks, num_reads, num_slots, stretch,
+        R=reads, D_V=width, BLOCK_V=block_v, BLOCK=64, COMPACT=compact,
+        NEEDS_WEIGHTS=needs_weights, num_warps=max(1, block_v // 1024), num_stages=1, maxnreg=128,
+    )  # fmt: skip
+    sum_parts_kernel[(triton.cdiv(stretches, 32), triton.cdiv(width, 32))](
+        parts, marks, grad_rows, stretches,
+        D_V=width, BLOCK_V=32, GROUP=32, PARTS=128, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    if needs_weights and column_blocks > 1:
+        grad_weights = grad_weights.sum(0).to(weights.dtype)
+    return rows, grad_rows, grad_weights
+
+
+def gather_values_backward(
+    grad_output: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    needs_values: bool,
+    needs_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `gather_values`, the values' as a dense table; the host never waits.
+
+    Args:
+        grad_output: [T, d_v].
+        values: [K, d_v].
+        slots: [T, R], int32. One out of [0, K) adds to no row, and its weight's gradient is NaN.
+        weights: [T, R].
+        needs_values: whether the values' gradient is wanted.
+        needs_weights: whether the weights' gradient is wanted.
+
+    Returns:
+        grad_values [K, d_v] and grad_weights [T, R], in the dtypes of values and weights; [0] for
+        one that is not wanted.
+    """
+    if not needs_values:
+        if not needs_weights:
+            return values.new_empty(0), weights.new_empty(0)
+        return values.new_empty(0), sampled_products(grad_output, values, slots, weights)
+    num_slots, width = values.shape
+    read, grad_values, grad_weights = scatter(
+        grad_output, values, slots, weights, needs_weights, compact=False
+    )
+    block_v = min(triton.next_power_of_2(width), 1024)
+    clear_unread_kernel[(triton.cdiv(num_slots, 16), triton.cdiv(width, block_v))](
+        read, grad_values, num_slots,
+        D_V=width, BLOCK_V=block_v, ROWS=16, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return grad_values, grad_weights
+
+
+def gather_values_backward_sparse(
+    grad_output: Tensor, values: Tensor, slots: Tensor, weights: Tensor, needs_weights: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `gather_values`, the values' for the rows that were read and nothing else.
+
+    Nothing of the size of the table, and no [T · R, d_v], is formed. The host waits once, for the
+    number of rows. Arguments as above.
+
+    Returns:
+        rows [M], int64, ascending, each once; grad_rows [M, d_v]; grad_weights as above.
+    """
+    return scatter(grad_output, values, slots, weights, needs_weights, compact=True)
