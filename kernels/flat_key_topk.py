@@ -4,6 +4,8 @@ Shapes: T tokens, H heads, K keys a head, k reads a head.
     query [T, H, d_q]; keys [H, K, d_q]; scores, slots [T, H, k]
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -114,3 +116,17 @@ def flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
         **choice.options(),
     )  # fmt: skip
     return scores, slots
+
+
+def shipped_configurations() -> dict[str, Callable[[], object]]:
+    """A call that launches each configuration, by name; for reports, on tensors without data."""
+
+    def call(num_tokens: int, dtype: torch.dtype) -> Callable[[], object]:
+        query = torch.empty(num_tokens, 4, 512, dtype=dtype, device="meta")
+        keys = torch.empty(4, 1 << 16, 512, dtype=dtype, device="meta")
+        return lambda: flat_key_topk(query, keys, 32)
+
+    return {
+        "flat many bfloat16": call(16384, torch.bfloat16),
+        "flat few bfloat16": call(1, torch.bfloat16),
+    }

@@ -4,6 +4,9 @@ Shapes: T tokens, R = H · k reads a token, K slots.
     values [K, d_v]; slots [T, R] int32; weights [T, R]; out [T, d_v]
 """
 
+from collections.abc import Callable
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -82,3 +85,20 @@ def gather_values_bytes(
         + columns * num_tokens * reads * (4 + weights_bytes)
         + num_tokens * width * values_bytes
     )
+
+
+def shipped_configurations() -> dict[str, Callable[[], object]]:
+    """A call that launches each configuration, by name; for reports, on tensors without data."""
+
+    def call(num_tokens: int, dtype: torch.dtype, width: int) -> Callable[[], object]:
+        values = torch.empty(1 << 18, width, dtype=dtype, device="meta")
+        slots = torch.empty(num_tokens, 128, dtype=torch.int32, device="meta")
+        weights = torch.empty(num_tokens, 128, device="meta")
+        return lambda: gather_values(values, slots, weights)
+
+    return {
+        "gather few bfloat16 1024": call(1, torch.bfloat16, 1024),
+        "gather many bfloat16 1024": call(4096, torch.bfloat16, 1024),
+        "gather many float32 1024": call(4096, torch.float32, 1024),
+        "gather many bfloat16 100": call(4096, torch.bfloat16, 100),
+    }

@@ -4,6 +4,8 @@ Shapes: T tokens, H heads, N sub-keys a codebook, k reads a head, D = d_q / 2.
     query [T, H, 2 D]; subkeys [H, 2, N, D]; scores, slots [T, H, k]; slot = i · N + j
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -54,8 +56,8 @@ def product_key_topk_kernel(
             keys = subkeys_ptr + tl.cast(head * 2 + half, tl.int64) * num_subkeys * D
             select(
                 rows_ptr, num_tokens - token, keys, list_ptr,
-                list_ptr + (1 - half) * FIRST, 0, num_subkeys, tl.minimum(top_k, num_subkeys), D, ROWS,
-                TILE, BLOCK_D, WARPS, LOG_LIST, LOG_SHORT, LOG_HALF_TOP, FULL, SAMPLE, ROUNDS,
+                list_ptr + (1 - half) * FIRST, 0, num_subkeys, tl.minimum(top_k, num_subkeys), D,
+                ROWS, TILE, BLOCK_D, WARPS, LOG_LIST, LOG_SHORT, LOG_HALF_TOP, FULL, SAMPLE, ROUNDS,
                 EVEN, UPCAST, PRECISION,
             )  # fmt: skip
         combine(
@@ -143,3 +145,23 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
         LOG_PAIRS=log_pairs, LOG_HALF_TOP=choice.log_top, LOG_TOP=log_top, **choice.options(),
     )  # fmt: skip
     return scores, slots
+
+
+def shipped_configurations() -> dict[str, Callable[[], object]]:
+    """A call that launches each configuration, by name; for reports, on tensors without data."""
+
+    def call(
+        num_tokens: int, num_subkeys: int, top_k: int, dtype: torch.dtype
+    ) -> Callable[[], object]:
+        query = torch.empty(num_tokens, 4, 512, dtype=dtype, device="meta")
+        subkeys = torch.empty(4, 2, num_subkeys, 256, dtype=dtype, device="meta")
+        return lambda: product_key_topk(query, subkeys, top_k)
+
+    return {
+        "product many 512 of 32": call(16384, 512, 32, torch.bfloat16),
+        "product many 4096 of 32": call(16384, 4096, 32, torch.bfloat16),
+        "product many 512 of 64": call(16384, 512, 64, torch.bfloat16),
+        "product many float32": call(16384, 512, 32, torch.float32),
+        "product few 512 of 32": call(1, 512, 32, torch.bfloat16),
+        "product few float32": call(1, 512, 32, torch.float32),
+    }

@@ -1,0 +1,55 @@
+"""The compiler's work stays within limits, without a GPU: no spill, no atomics, wide accesses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LIMITS = json.loads((Path(__file__).parent / "kernel_limits.json").read_text())
+REPORT = """
+import json, sys
+from pkm_triton.perf import kernel_report
+if __name__ == "__main__":
+    rows = kernel_report.report([sys.argv[1]], sys.argv[2], processes=1)
+    print(json.dumps(rows))
+"""
+
+
+def compile_rows(tmp_path, architecture, configuration):
+    """The report's rows, by a process that compiles instead of interpreting."""
+    script = tmp_path / "report.py"
+    script.write_text(REPORT)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(script), architecture, configuration]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def check(rows, limits):
+    assert rows
+    for row in rows:
+        assert row["spilled"] == 0, row
+        assert row["atomics"] == 0, row
+        assert row["registers"] <= limits["registers"], row
+        assert row["shared"] <= limits["shared"], row
+        if row["occupancy"] != "":
+            assert row["occupancy"] >= 25, row
+        assert row["load"] >= limits["load"], row
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+def test_gather(tmp_path, architecture):
+    rows = compile_rows(tmp_path, architecture, "gather many bfloat16 1024")
+    check(rows, LIMITS["gather many bfloat16 1024"])
+    # Offsets into the table are products in 64 bits; the one in 32 is of a program's columns.
+    assert rows[0]["offsets"] == "1xi32+3xi64"
+
+
+@pytest.mark.slow
+def test_lookup(tmp_path):
+    rows = compile_rows(tmp_path, "sm_90", "product many 512 of 32")
+    check(rows, LIMITS["product many 512 of 32"])

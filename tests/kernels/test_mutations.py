@@ -1,0 +1,172 @@
+"""Planted bugs: each must be caught by the check named beside it."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import all_flat_scores, all_product_scores, assert_selects_exactly, gather
+
+from pkm_triton import kernels
+
+FOLDER = Path(kernels.__file__).parent
+
+
+def small_integers(*shape):
+    return torch.randint(-4, 5, shape).float()
+
+
+def check_ragged_gather(mutant):
+    values, weights = torch.randn(12, 20), torch.rand(40, 5)
+    slots = torch.randint(0, 12, (40, 5), dtype=torch.int32)
+    out = mutant.gather_values(values, slots, weights)
+    torch.testing.assert_close(out.double(), gather(values, slots, weights), rtol=1e-5, atol=1e-5)
+
+
+def check_slot_out_of_range(mutant):
+    slots = torch.tensor([[1, 12]], dtype=torch.int32)
+    assert mutant.gather_values(torch.ones(12, 16), slots, torch.ones(1, 2)).isnan().all()
+
+
+def check_table_past_int32(mutant):
+    # Pages that nobody touches take no memory.
+    values = torch.empty((1 << 21) + 8, 1024, dtype=torch.bfloat16)
+    values[-1] = 3
+    slots = torch.full((1, 1), values.shape[0] - 1, dtype=torch.int32)
+    assert (mutant.gather_values(values, slots, torch.ones(1, 1)) == 3).all()
+
+
+def check_product_with_ties(mutant):
+    query, subkeys = small_integers(3, 1, 8), small_integers(1, 2, 40, 4)
+    scores, slots = mutant.product_key_topk(query, subkeys, 9)
+    assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
+
+
+def check_product_of_distinct_scores(mutant):
+    # Digits of base 40: no two slots score the same, and every rank counts.
+    subkeys = torch.stack([torch.randperm(40) * 40, torch.randperm(40)]).float().view(1, 2, 40, 1)
+    query = torch.ones(2, 1, 2)
+    scores, slots = mutant.product_key_topk(query, subkeys, 12)
+    assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
+
+
+def check_flat_with_ties(mutant):
+    query, keys = small_integers(3, 1, 6), small_integers(1, 700, 6)
+    scores, slots = mutant.flat_key_topk(query, keys, 20)
+    assert_selects_exactly(scores, slots, all_flat_scores(query, keys))
+
+
+def check_flat_scores_far_apart(mutant):
+    keys = torch.logspace(-30, 30, 200)[torch.randperm(200)].view(1, 200, 1)
+    scores, _ = mutant.flat_key_topk(torch.ones(1, 1, 1), keys, 32)
+    assert torch.equal(scores[0, 0], keys.flatten().topk(32).values)
+
+
+def check_flat_of_equal_scores(mutant):
+    scores, slots = mutant.flat_key_topk(torch.zeros(1, 1, 2), torch.randn(1, 300, 2), 5)
+    assert_selects_exactly(scores, slots, torch.zeros(1, 1, 300).double())
+
+
+def check_infinities(mutant):
+    subkeys = torch.tensor([torch.inf, 0, -torch.inf]).view(1, 1, 3, 1).expand(1, 2, 3, 1)
+    scores, _ = mutant.product_key_topk(torch.ones(1, 1, 2), subkeys.contiguous(), 9)
+    assert scores.flatten().tolist() == [torch.inf] * 3 + [0] + [-torch.inf] * 5
+
+
+def check_precision_is_stated(mutant):
+    # Only a GPU multiplies float32 in tf32 by default; the interpreter would not show it.
+    source = (Path(mutant.__file__).parent / "selection.py").read_text()
+    assert source.count("tl.dot(") == source.count("input_precision=PRECISION")
+
+
+MUTATIONS = {
+    "mask of columns dropped": (
+        "gather_values.py", "& (column < D_V)[None, :]", "& (column >= 0)[None, :]",
+        check_ragged_gather,
+    ),
+    "offset in 32 bits": (
+        "gather_values.py", "slot.to(tl.int64)[:, None] * D_V", "slot[:, None] * D_V",
+        check_table_past_int32,
+    ),
+    "wrong stride of the output": (
+        "gather_values.py", "out_ptr + token * D_V", "out_ptr + token * R", check_ragged_gather,
+    ),
+    "slot out of range not shown": (
+        "gather_values.py", 'tl.where(inside, weight, float("nan"))', "weight",
+        check_slot_out_of_range,
+    ),
+    "lost tie": (
+        "selection.py", "~(low_0 < bound_0[None, :])", "(low_0 > bound_0[None, :])",
+        check_product_with_ties,
+    ),
+    "bound above the k-th best": (
+        "selection.py", "low = tl.where(count >= top_k", "low = tl.where(count >= top_k - 3",
+        check_product_of_distinct_scores,
+    ),
+    "threads of a row append to the same slots": (
+        "selection.py", "before += tl.where", "before -= tl.where", check_product_with_ties,
+    ),
+    "one key too many": (
+        "selection.py", "((low < end) | EVEN)", "((low <= end) | EVEN)",
+        check_flat_of_equal_scores,
+    ),
+    "tf32": (
+        "selection.py", "tl.dot(query, keys, input_precision=PRECISION)", "tl.dot(query, keys)",
+        check_precision_is_stated,
+    ),
+    "candidate bound off by one": (
+        "pairs.py", "tl.minimum(top_k // rank", "tl.minimum((top_k - 1) // rank",
+        check_product_of_distinct_scores,
+    ),
+    "wrong stride of a slot": (
+        "pairs.py", "* num_subkeys +", "* (num_subkeys + 1) +", check_product_with_ties,
+    ),
+    "infinities of both signs": (
+        "pairs.py", "(a + b != a + b) & (a == a) & (b == b)", "(a != a)", check_infinities,
+    ),
+    "narrow keys that overflow": (
+        "lists.py", "2 ** (31 - LOG_SIZE)", "2 ** 32 - 1", check_flat_scores_far_apart,
+    ),
+    "long lists cut": (
+        "lists.py", "exact & (length <= 2**LOG_SHORT)", "exact", check_flat_with_ties,
+    ),
+    "runs of one direction": (
+        "sorting.py", "second != (run % 2 == 1)", "second & (run >= 0)", check_product_with_ties,
+    ),
+}  # fmt: skip
+
+
+def load(folder, name):
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bugs to be met in the interpreter only")
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_planted_bug_is_caught(name, tmp_path, guard):
+    file, right, wrong, check = MUTATIONS[name]
+    folder = tmp_path / "mutant"
+    shutil.copytree(FOLDER, folder)
+    source = (folder / file).read_text()
+    assert right in source, "the mutation no longer applies"
+    (folder / file).write_text(source.replace(right, wrong))
+    mutant = load(folder, f"mutant_{list(MUTATIONS).index(name)}")
+    with pytest.raises(Exception, match=r"(?s).*"):
+        check(mutant)
+
+
+@pytest.mark.parametrize(
+    "check",
+    sorted({m[3] for m in MUTATIONS.values()}, key=lambda c: c.__name__),
+    ids=lambda c: c.__name__,
+)
+def test_checks_pass_without_a_bug(check, guard):
+    if not torch.cuda.is_available():
+        check(kernels)
