@@ -131,9 +131,6 @@ MUTATIONS = {
     "narrow keys that overflow": (
         "lists.py", "2 ** (31 - LOG_SIZE)", "2 ** 32 - 1", check_flat_scores_far_apart,
     ),
-    "a slot past the list": (
-        "lists.py", "mask = slot < length", "mask = slot <= length", check_product_with_ties,
-    ),
     "runs of one direction": (
         "sorting.py", "second != (run % 2 == 1)", "second & (run >= 0)", check_product_with_ties,
     ),
