@@ -59,9 +59,9 @@ def share_of(ordered_ptr, num_reads, stretch, BLOCK: tl.constexpr):
         begin += count_equal(ordered_ptr, start, stop - start, first, BLOCK)
     ahead = tl.minimum(num_reads - stop, stretch).to(tl.int32)
     follows = 0
-    if ahead > 0:
-        if tl.load(ordered_ptr + stop) == last:
-            follows = count_equal(ordered_ptr, stop, ahead, last, BLOCK)
+    after = tl.load(ordered_ptr + stop, mask=ahead > 0, other=0)
+    if (ahead > 0) & (after == last):
+        follows = count_equal(ordered_ptr, stop, ahead, last, BLOCK)
     hot = (ahead > 0) & (follows == ahead)
     end = stop
     if not hot:
@@ -86,7 +86,7 @@ def scatter_values_kernel(
     R: tl.constexpr, D_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
     COMPACT: tl.constexpr, NEEDS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    # A program owns BLOCK_V columns of the rows whose runs, or whose part, fall to its stretch.
+    """A program owns BLOCK_V columns of the rows whose runs, or whose part, fall to its stretch."""
     program = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_row = column < D_V
@@ -167,7 +167,7 @@ def sum_parts_kernel(
     num_stretches,
     D_V: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    # A program owns BLOCK_V columns of the hot rows whose first part is in GROUP stretches.
+    """A program owns BLOCK_V columns of the hot rows whose first part is in GROUP stretches."""
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
     start = tl.program_id(0) * GROUP
     stop = tl.minimum(start + GROUP, num_stretches)
@@ -200,7 +200,7 @@ def clear_unread_kernel(
     num_slots,
     D_V: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    # A program owns BLOCK_V columns of ROWS rows of the table.
+    """A program owns BLOCK_V columns of ROWS rows of the table."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     unread = (row < num_slots) & (tl.load(read_ptr + row, mask=row < num_slots, other=1) == 0)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
@@ -215,7 +215,7 @@ def count_rows_kernel(
     num_reads, num_slots, stretch, num_stretches,
     STRETCHES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # A program owns STRETCHES stretches, and counts the rows whose run begins in each.
+    """A program owns STRETCHES stretches, and counts the rows whose run begins in each."""
     index = tl.program_id(0) * STRETCHES + tl.arange(0, STRETCHES)
     count = tl.zeros([STRETCHES], tl.int32)
     for first in tl.range(0, stretch, BLOCK, num_stages=1):
@@ -239,7 +239,7 @@ def sampled_products_kernel(
     R: tl.constexpr, D_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
     READS: tl.constexpr,
 ):  # fmt: skip
-    # A program owns READS reads of one token, and has BLOCK_R of them in flight.
+    """A program owns READS reads of one token, and has BLOCK_R of them in flight."""
     token = tl.program_id(0).to(tl.int64)
     first_read = tl.program_id(1) * READS
     for first in tl.range(first_read, tl.minimum(first_read + READS, R), BLOCK_R, num_stages=1):
