@@ -1,7 +1,20 @@
 """Triton kernels of product-key memory, one op a file."""
 
 from .flat_key_topk import flat_key_topk
+from .flat_key_topk_backward import flat_key_topk_backward
 from .gather_values import gather_values
 from .product_key_topk import product_key_topk
+from .product_key_topk_backward import product_key_topk_backward
+from .scatter_values import gather_values_backward, gather_values_backward_sparse
+from .sparse_adam import sparse_adam
 
-__all__ = ["flat_key_topk", "gather_values", "product_key_topk"]
+__all__ = [
+    "flat_key_topk",
+    "flat_key_topk_backward",
+    "gather_values",
+    "gather_values_backward",
+    "gather_values_backward_sparse",
+    "product_key_topk",
+    "product_key_topk_backward",
+    "sparse_adam",
+]

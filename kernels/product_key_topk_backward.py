@@ -240,16 +240,16 @@ def product_key_topk_backward(
     merge_repeats_kernel[(triton.cdiv(num_tokens * heads, rows), 2)](
         grad_scores, slots, merged, num_tokens * heads,
         K=reads, N=num_subkeys, ROWS=rows, BLOCK_K=block_k, BLOCK_OTHER=block_k,
-        num_warps=8, num_stages=1,
+        num_warps=8, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     small = upcast or num_tokens < 64
     block_d = max(16, min(triton.next_power_of_2(dim), 64 if upcast else 256))
-    options = {"num_warps": 8, "num_stages": 1}
+    options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
     constants = {
         "H": heads, "K": reads, "N": num_subkeys, "D": dim, "BLOCK_D": block_d,
         "BLOCK_K": block_k, "STAGES": 1 if upcast else 3, "UPCAST": upcast, "PRECISION": precision,
     }  # fmt: skip
-    grad_query = torch.empty_like(query)
+    grad_query = query.new_empty(query.shape)
     block_n = 32 if upcast else 64
     width = triton.cdiv(num_subkeys, block_n) * block_n
     block_t = TILE_BYTES // (width * dtype.itemsize)
@@ -267,7 +267,7 @@ def product_key_topk_backward(
     parts = max(1, min(PROGRAMS // owners, triton.cdiv(num_tokens, tokens)))
     stretch = triton.cdiv(num_tokens, parts)
     tiles = query.new_zeros(owners * parts, block_n, tokens, dtype=dtype)
-    grad_subkeys = torch.empty_like(subkeys)
+    grad_subkeys = subkeys.new_empty(subkeys.shape)
     sums = grad_subkeys
     if parts > 1:
         sums = query.new_empty(parts, *subkeys.shape, dtype=torch.float32)
@@ -277,6 +277,7 @@ def product_key_topk_backward(
     )  # fmt: skip
     if parts > 1:
         sum_stretches_kernel[(triton.cdiv(subkeys.numel(), 1024),)](
-            sums, grad_subkeys, subkeys.numel(), parts, BLOCK=1024, num_warps=4, num_stages=1
-        )
+            sums, grad_subkeys, subkeys.numel(), parts, BLOCK=1024, num_warps=4, num_stages=1,
+            enable_fp_fusion=True,
+        )  # fmt: skip
     return grad_query, grad_subkeys

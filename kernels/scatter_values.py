@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sampled_products import sampled_products
+
 # Programs that fill a GPU, and what a program is to have in reads; the latter grows with T, so
 # that the parts of hot rows stay this many.
 MOST_STRETCHES = 8192
@@ -229,54 +231,6 @@ def count_rows_kernel(
     tl.store(counts_ptr + index, count, mask=index < num_stretches)
 
 
-@triton.jit(do_not_specialize=["num_slots"])
-def sampled_products_kernel(
-    grad_output_ptr,  # [T, D_V]
-    values_ptr,  # [K, D_V]
-    slots_ptr,  # [T, R]
-    grad_weights_ptr,  # [T, R]
-    num_slots,
-    R: tl.constexpr, D_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
-    READS: tl.constexpr,
-):  # fmt: skip
-    """A program owns READS reads of one token, and has BLOCK_R of them in flight."""
-    token = tl.program_id(0).to(tl.int64)
-    first_read = tl.program_id(1) * READS
-    for first in tl.range(first_read, tl.minimum(first_read + READS, R), BLOCK_R, num_stages=1):
-        read = first + tl.arange(0, BLOCK_R)
-        slot = tl.load(slots_ptr + token * R + read, mask=read < R, other=0)
-        inside = (slot >= 0) & (slot < num_slots)
-        product = tl.zeros([BLOCK_R], tl.float32)
-        for first_column in tl.range(0, D_V, BLOCK_V, num_stages=1):
-            column = first_column + tl.arange(0, BLOCK_V)
-            in_row = column < D_V
-            grad = tl.load(grad_output_ptr + token * D_V + column, mask=in_row, other=0.0)
-            place = slot.to(tl.int64)[:, None] * D_V + column[None, :]
-            mask = (inside & (read < R))[:, None] & in_row[None, :]
-            value = tl.load(values_ptr + place, mask=mask, other=0.0).to(tl.float32)
-            product += tl.sum(value * grad.to(tl.float32)[None, :], 1)
-        product = tl.where(inside, product, float("nan"))
-        product = product.to(grad_weights_ptr.dtype.element_ty)
-        tl.store(grad_weights_ptr + token * R + read, product, mask=read < R)
-
-
-def sampled_products(grad_output: Tensor, values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """The weights' gradient alone, which needs no order of the reads."""
-    num_tokens, reads = slots.shape
-    width = values.shape[1]
-    grad_weights = torch.empty_like(weights)
-    block_v = min(triton.next_power_of_2(width), 1024)
-    block_r = max(1, min(8192 // block_v, 64, triton.next_power_of_2(reads)))
-    # So many programs that a few tokens fill a GPU too.
-    share = block_r * max(1, num_tokens * reads // (MOST_STRETCHES * block_r))
-    sampled_products_kernel[(num_tokens, triton.cdiv(reads, share))](
-        grad_output, values, slots, grad_weights, values.shape[0],
-        R=reads, D_V=width, BLOCK_R=block_r, BLOCK_V=block_v, READS=share,
-        num_warps=4, num_stages=1,
-    )  # fmt: skip
-    return grad_weights
-
-
 def scatter(
     grad_output: Tensor,
     values: Tensor,
@@ -299,7 +253,7 @@ def scatter(
         # The host has to know the number of rows, to allocate them: here it waits for the device.
         count_rows_kernel[(triton.cdiv(stretches, 32),)](
             ordered, marks, num_reads, num_slots, stretch, stretches,
-            STRETCHES=32, BLOCK=64, num_warps=4, num_stages=1,
+            STRETCHES=32, BLOCK=64, num_warps=4, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
         ends = marks.cumsum(0)
         rows = ends.new_empty(int(ends[-1]))
@@ -307,12 +261,12 @@ def scatter(
     else:
         ends = order
         rows = slots.new_zeros(num_slots, dtype=torch.uint8)
-        grad_rows = torch.empty_like(values)
+        grad_rows = values.new_empty(values.shape)
     parts = values.new_empty(stretches, width, dtype=torch.float32)
     if not needs_weights:
         grad_weights = weights.new_empty(0)
     elif column_blocks == 1:
-        grad_weights = torch.empty_like(weights)
+        grad_weights = weights.new_empty(weights.shape)
     else:
         grad_weights = weights.new_empty(column_blocks, *weights.shape, dtype=torch.float32)
     scatter_values_kernel[(stretches, column_blocks)](
@@ -320,10 +274,12 @@ def scatter(
         marks, num_reads, num_slots, stretch,
         R=reads, D_V=width, BLOCK_V=block_v, BLOCK=64, COMPACT=compact,
         NEEDS_WEIGHTS=needs_weights, num_warps=max(1, block_v // 1024), num_stages=1, maxnreg=128,
+        enable_fp_fusion=True,
     )  # fmt: skip
     sum_parts_kernel[(triton.cdiv(stretches, 32), triton.cdiv(width, 32))](
         parts, marks, grad_rows, stretches,
         D_V=width, BLOCK_V=32, GROUP=32, PARTS=128, num_warps=4, num_stages=1,
+        enable_fp_fusion=True,
     )  # fmt: skip
     if needs_weights and column_blocks > 1:
         grad_weights = grad_weights.sum(0).to(weights.dtype)
@@ -363,7 +319,7 @@ def gather_values_backward(
     block_v = min(triton.next_power_of_2(width), 1024)
     clear_unread_kernel[(triton.cdiv(num_slots, 16), triton.cdiv(width, block_v))](
         read, grad_values, num_slots,
-        D_V=width, BLOCK_V=block_v, ROWS=16, num_warps=4, num_stages=1,
+        D_V=width, BLOCK_V=block_v, ROWS=16, num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return grad_values, grad_weights
 
