@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
 from ._backend import implementation
 from ._checks import (
     check_flat_key_topk,
@@ -180,8 +179,10 @@ def _topk(name: str) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
     ) -> tuple[Tensor, Tensor]:
         if query.shape[0] == 0:
             return query.new_zeros(query.shape), keys.new_zeros(keys.shape)
-        twin = getattr(reference, f"{name}_backward")
-        return twin(grad_scores.contiguous(), query.contiguous(), keys.contiguous(), slots)
+        twin = getattr(implementation(query, keys), f"{name}_backward")
+        return twin(
+            grad_scores.contiguous(), query.contiguous(), keys.contiguous(), slots.contiguous()
+        )
 
     def fake_backward(
         grad_scores: Tensor, query: Tensor, keys: Tensor, slots: Tensor
@@ -246,7 +247,7 @@ def _run_gather_backward(
             values.new_zeros(values.shape if needs_values else 0),
             weights.new_zeros(weights.shape if needs_weights else 0),
         )
-    return reference.gather_values_backward(
+    return implementation(values, weights).gather_values_backward(
         grad_output.contiguous(),
         values.contiguous(),
         slots,
@@ -278,7 +279,7 @@ def _run_gather_backward_sparse(
         rows = slots.new_empty(0, dtype=torch.int64)
         grad_weights = weights.new_zeros(weights.shape if needs_weights else 0)
         return rows, values.new_empty(0, values.shape[1]), grad_weights
-    return reference.gather_values_backward_sparse(
+    return implementation(values, weights).gather_values_backward_sparse(
         grad_output.contiguous(), values.contiguous(), slots, weights.contiguous(), needs_weights
     )
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from . import reference
+from ._backend import implementation
 from ._checks import check_positive
 
 Rounding = Literal["stochastic", "master", "nearest"]
@@ -116,24 +116,20 @@ class SparseAdam(torch.optim.Optimizer):
         state["step"] += 1
         if param.grad is None or param.grad.numel() == 0:
             return
-        rows, grad_rows = None, param.grad
+        table = _as_table(param)
         if param.grad.is_sparse:
             rows, grad_rows = _rows_and_values(param.grad)
             if rows.numel() == 0:
                 return
-        generator = None
-        if group["rounding"] == "stochastic" and param.dtype in _HALF:
-            generator = torch.Generator(param.device).manual_seed(
-                self._seed * 2**32 + state["step"]
-            )
-        table, grad_table = _as_table(param), _as_table(grad_rows)
+        else:
+            rows, grad_rows = torch.arange(table.shape[0], device=param.device), param.grad
         beta1, beta2 = group["betas"]
-        reference.sparse_adam(
+        implementation(table).sparse_adam(
             table,
             _as_table(state["exp_avg"]),
             _as_table(state["exp_avg_sq"]),
             rows,
-            grad_table,
+            _as_table(grad_rows.contiguous()),
             lr=float(group["lr"]),
             beta1=beta1,
             beta2=beta2,
@@ -141,8 +137,9 @@ class SparseAdam(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             step=state["step"],
             maximize=group["maximize"],
+            stochastic_rounding=group["rounding"] == "stochastic",
+            seed=self._seed,
             master=_as_table(state["master"]) if "master" in state else None,
-            generator=generator,
         )
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:

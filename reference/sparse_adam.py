@@ -33,7 +33,7 @@ def sparse_adam(
     param: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    rows: Tensor | None,
+    rows: Tensor,
     grad_rows: Tensor,
     *,
     lr: float,
@@ -42,9 +42,10 @@ def sparse_adam(
     eps: float,
     weight_decay: float,
     step: int,
-    maximize: bool,
+    maximize: bool = False,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
     master: Tensor | None = None,
-    generator: torch.Generator | None = None,
 ) -> None:
     """One step of Adam on some rows of a table, as `torch.optim.SparseAdam` does it.
 
@@ -52,7 +53,7 @@ def sparse_adam(
         param: [K, d_v], updated in place.
         exp_avg: [K, d_v], float32 (float64 for float64), updated in place.
         exp_avg_sq: likewise.
-        rows: [M], int64, each once; None for all rows, in order.
+        rows: [M], int64, each once.
         grad_rows: [M, d_v], their gradient.
         lr: learning rate.
         beta1: decay of the first moment.
@@ -61,21 +62,22 @@ def sparse_adam(
         weight_decay: decoupled: a touched row first shrinks by the factor 1 - lr · weight_decay.
         step: how many steps have been made, this one included.
         maximize: go up the gradient.
+        stochastic_rounding: round a bfloat16 or float16 `param` up or down at random, unbiased.
+        seed: of that rounding; same seed, step and inputs, same bits.
         master: [K, d_v], float32, the values that `param` is rounded from; updated in place.
-        generator: draws the random bits of stochastic rounding; None rounds to nearest.
     """
     step_size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
     state_dtype = exp_avg.dtype
     source = param if master is None else master
+    generator = None
+    if stochastic_rounding and param.dtype in (torch.bfloat16, torch.float16):
+        generator = torch.Generator(param.device).manual_seed((seed << 32) + step)
     count = max(1, ELEMENTS_AT_A_TIME // max(1, param.shape[1]))
     for start in range(0, grad_rows.shape[0], count):
         grad = grad_rows[start : start + count].to(state_dtype)
         if maximize:
             grad = -grad
-        if rows is None:
-            some = torch.arange(start, start + grad.shape[0], device=param.device)
-        else:
-            some = rows[start : start + count]
+        some = rows[start : start + count]
         mean, square = exp_avg.index_select(0, some), exp_avg_sq.index_select(0, some)
         mean.add_((grad - mean).mul_(1 - beta1))
         square.add_(grad.square().sub_(square).mul_(1 - beta2))
@@ -87,6 +89,6 @@ def sparse_adam(
         value.addcdiv_(mean, square.sqrt_().add_(eps), value=-step_size)
         if master is not None:
             master.index_copy_(0, some, value)
-        if generator is not None and param.dtype in (torch.bfloat16, torch.float16):
+        if generator is not None:
             value = stochastic_round(value, param.dtype, generator)
         param.index_copy_(0, some, value.to(param.dtype))
