@@ -27,6 +27,11 @@ def programs_at_once(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def on_amd() -> bool:
+    """Whether the kernels are for AMD's GPUs."""
+    return torch.version.hip is not None
+
+
 @dataclass(frozen=True)
 class Lookup:
     """How a lookup runs. All but `splits` are compile-time constants.
@@ -75,7 +80,7 @@ class Lookup:
     def options(self) -> dict[str, int | bool]:
         """The compiler's options."""
         options = {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": True}
-        if torch.version.hip is None:
+        if not on_amd():
             # Two programs of 8 warps, or one of 16, on a multiprocessor.
             options["maxnreg"] = 128
         return options
@@ -97,7 +102,8 @@ def choose_lookup(query: Tensor, keys: Tensor, top_k: int) -> Lookup:
     tile = 128 if log_top == 6 else 64
     tall = num_tokens * heads >= 64 * programs_at_once(query.device) and log_top <= 6
     if tall:
-        rows = 256 if log_top < 6 and not upcast else 64
+        # 256 rows of a query take 128 KiB of shared memory, of which AMD's have 64.
+        rows = 256 if log_top < 6 and not upcast and not on_amd() else 64
         warps = rows // 16
         splits = 1
     else:
