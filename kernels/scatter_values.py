@@ -248,6 +248,9 @@ def scatter(
     stretches = triton.cdiv(num_reads, stretch)
     block_v = max(32, min(triton.next_power_of_2(width), 2048))
     column_blocks = triton.cdiv(width, block_v)
+    # 128 registers a thread hold a row's sum, its value and the next gradient without spilling.
+    row_bytes = block_v * max(grad_output.element_size(), values.element_size())
+    warps = 1 if row_bytes <= 2048 else row_bytes // 1024
     marks = slots.new_empty(stretches)
     if compact:
         # The host has to know the number of rows, to allocate them: here it waits for the device.
@@ -273,7 +276,7 @@ def scatter(
         ordered, order, grad_output, values, weights, ends, rows, grad_rows, grad_weights, parts,
         marks, num_reads, num_slots, stretch,
         R=reads, D_V=width, BLOCK_V=block_v, BLOCK=64, COMPACT=compact,
-        NEEDS_WEIGHTS=needs_weights, num_warps=max(1, block_v // 1024), num_stages=1, maxnreg=128,
+        NEEDS_WEIGHTS=needs_weights, num_warps=warps, num_stages=1, maxnreg=128,
         enable_fp_fusion=True,
     )  # fmt: skip
     sum_parts_kernel[(triton.cdiv(stretches, 32), triton.cdiv(width, 32))](

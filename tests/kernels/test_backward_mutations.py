@@ -1,0 +1,147 @@
+"""Planted bugs in the backward kernels: each must be caught by the check named beside it."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pkm_triton import kernels, reference
+
+FOLDER = Path(kernels.__file__).parent
+
+
+def check_scatter(mutant, slots=None):
+    grad_output, values, weights = torch.randn(30, 20), torch.randn(60, 20), torch.rand(30, 5)
+    if slots is None:
+        slots = torch.randint(0, 60, (30, 5), dtype=torch.int32)
+    inputs = grad_output, values, slots, weights
+    expected = reference.gather_values_backward(*inputs, True, True)
+    actual = mutant.gather_values_backward(*inputs, True, True)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    rows, grad_rows, _ = mutant.gather_values_backward_sparse(*inputs, True)
+    assert torch.equal(rows, slots.unique().long())
+    torch.testing.assert_close(grad_rows, expected[0][rows], rtol=1e-4, atol=1e-4)
+
+
+def check_hot_row(mutant):
+    check_scatter(mutant, torch.full((30, 5), 4, dtype=torch.int32))
+
+
+def check_slot_out_of_range(mutant):
+    slots = torch.tensor([[1, 9]], dtype=torch.int32)
+    ones = torch.ones(9, 16)
+    _, grad = mutant.gather_values_backward(ones[:1], ones, slots, torch.ones(1, 2), True, True)
+    assert grad.isnan().tolist() == [[False, True]]
+
+
+def check_lookup(mutant):
+    module = sys.modules[f"{mutant.__name__}.product_key_topk_backward"]
+    query, subkeys = torch.randn(70, 1, 18), torch.randn(1, 2, 12, 9)
+    slots = torch.rand(70, 1, 144).topk(10).indices.int()
+    inputs = torch.randn(70, 1, 10), query, subkeys, slots
+    expected = reference.product_key_topk_backward(*inputs)
+    # So few programs that each makes several tiles, and so many that there are several sums.
+    for programs in (2, 6):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "PROGRAMS", programs)
+            actual = mutant.product_key_topk_backward(*inputs)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def check_adam(mutant):
+    param = torch.ones(4, 8, dtype=torch.bfloat16)
+    moments = torch.zeros(4, 8), torch.zeros(4, 8)
+    grad = torch.full((2, 8), 0.5)
+    options = {"lr": 0.25, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1.0}
+    mutant.sparse_adam(param, *moments, torch.tensor([1, 3]), grad, step=1, **options)
+    assert param[:, 0].tolist() == [1, 0.5, 1, 0.5]
+    torch.testing.assert_close(moments[0][1], torch.full((8,), 0.05))
+
+
+MUTATIONS = {
+    "runs cut at the end of a stretch": (
+        "scatter_values.py", "        end += follows\n", "        end += 0\n", check_scatter,
+    ),
+    "runs taken from the stretch before": (
+        "scatter_values.py", "begin += count_equal", "end_ = count_equal", check_scatter,
+    ),
+    "sum carried into the next row": (
+        "scatter_values.py", "total = tl.zeros([BLOCK_V], tl.float32)\n            if COMPACT",
+        "total = total * 1\n            if COMPACT", check_scatter,
+    ),
+    "value of the row before": (
+        "scatter_values.py", "        fresh = last\n", "        fresh = fresh & last\n",
+        check_scatter,
+    ),
+    "unread rows not cleared": (
+        "scatter_values.py", "other=1) == 0)", "other=1) == 2)", check_scatter,
+    ),
+    "parts of a hot row lost": (
+        "scatter_values.py", "(mark != LATER_PART) & (part != stretch)", "part != stretch",
+        check_hot_row,
+    ),
+    "hot row written by each part": (
+        "scatter_values.py", "inside & ~(part & (position + 1 >= end))", "inside", check_hot_row,
+    ),
+    "slot out of range read as good": (
+        "scatter_values.py", "(slot >= 0) & (slot < num_slots)", "slot >= 0",
+        check_slot_out_of_range,
+    ),
+    "repeats not merged": (
+        "product_key_topk_backward.py", "== subkey, grad, 0.0), 2)",
+        "== subkey, grad / 2, 0.0), 2)", check_lookup,
+    ),
+    "tile not cleared": (
+        "product_key_topk_backward.py", "BLOCK_K, True, False,", "BLOCK_K, False, False,",
+        check_lookup,
+    ),
+    "halves exchanged": (
+        "product_key_topk_backward.py", "tl.where(half == 0,", "tl.where(half == 1,", check_lookup,
+    ),
+    "last stretch of tokens lost": (
+        "product_key_topk_backward.py", "for part in tl.range(num_parts)",
+        "for part in tl.range(num_parts - 1)", check_lookup,
+    ),
+    "decay forgotten": ("sparse_adam.py", "value = value * decay", "value = value", check_adam),
+    "gradient of another row": (
+        "sparse_adam.py", "grad_rows_ptr + index * D", "grad_rows_ptr + row * D", check_adam,
+    ),
+}  # fmt: skip
+
+
+def load(folder, name):
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bugs to be met in the interpreter only")
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_planted_bug_is_caught(name, tmp_path, guard):
+    file, right, wrong, check = MUTATIONS[name]
+    folder = tmp_path / "mutant"
+    shutil.copytree(FOLDER, folder)
+    source = (folder / file).read_text()
+    assert right in source, "the mutation no longer applies"
+    (folder / file).write_text(source.replace(right, wrong))
+    mutant = load(folder, f"backward_mutant_{list(MUTATIONS).index(name)}")
+    with pytest.raises(Exception, match=r"(?s).*"):
+        check(mutant)
+
+
+@pytest.mark.parametrize(
+    "check",
+    sorted({m[3] for m in MUTATIONS.values()}, key=lambda c: c.__name__),
+    ids=lambda c: c.__name__,
+)
+def test_checks_pass_without_a_bug(check, guard):
+    if torch.cuda.is_available():
+        pytest.skip("runs in the interpreter")
+    check(kernels)
