@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -134,6 +135,8 @@ def _reason_to_skip(point: Point, group: int, file: RowFile, limits: Limits) -> 
     unsupported = point.unsupported()
     if unsupported:
         return unsupported
+    if point.implementation == "product-key-memory" and not find_spec("product_key_memory"):
+        return "the package product-key-memory is not installed (install it, and give --retry)"
     available = available_bytes(point.device)
     allowed = available if limits.memory_bytes is None else min(limits.memory_bytes, available)
     # The layers of a group are in memory together; gradients and working memory are not.

@@ -1,9 +1,9 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import pkm_triton as pkm
 
@@ -65,25 +65,36 @@ def test_merge():
         first.merge(pkm.MemoryUsage(8))
 
 
-def _rank(rank, address, results):
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    usage = pkm.MemoryUsage(50)
-    usage.update(*reads(seed=rank))
-    usage.all_reduce()
-    results[rank] = (usage.usage().item(), usage.kl().item())
-    dist.destroy_process_group()
+RANK = """
+import sys
+import torch, torch.distributed as dist
+import pkm_triton as pkm
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+usage = pkm.MemoryUsage(50)
+usage.update(*torch.load(f"{store}.{rank}"))
+usage.all_reduce()
+print(usage.usage().item(), usage.kl().item())
+dist.destroy_process_group()
+"""
 
 
 @pytest.mark.slow
 def test_all_reduce(tmp_path):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, (f"file://{tmp_path}/store", results), nprocs=2)
-        both = dict(results)
-    slots, weights = (torch.cat(pair) for pair in zip(reads(seed=0), reads(seed=1), strict=True))
-    expected = brute_force(50, slots, weights)
+    store = tmp_path / "store"
+    parts = reads(seed=0), reads(seed=1)
+    for rank, part in enumerate(parts):
+        torch.save(part, f"{store}.{rank}")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(store)], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    both = [tuple(map(float, rank.communicate(timeout=120)[0].split())) for rank in ranks]
     assert both[0] == both[1]
-    assert both[0] == pytest.approx(expected, abs=1e-12)
+    slots, weights = (torch.cat(pair) for pair in zip(*parts, strict=True))
+    assert both[0] == pytest.approx(brute_force(50, slots, weights), abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -116,7 +117,9 @@ def test_a_failing_baseline_is_recorded_and_the_others_are_measured(file):
 def test_a_missing_package_is_recorded(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "product_key_memory", None)
     run_sweep([Point(**TINY, implementation="product-key-memory", query_norm="layer")], file, FAST)
-    assert file.rows[0].status.startswith("failed: ModuleNotFoundError")
+    assert file.rows[0].status.startswith(
+        "skipped: the package product-key-memory is not installed"
+    )
 
 
 def test_what_an_implementation_cannot_do_is_skipped(file):
@@ -180,9 +183,11 @@ def test_predicted_memory_is_not_below_what_is_needed(file):
             {"pass_name": "forward+backward", "sparse_grad": True},
             {"implementation": "product-key-memory", "query_norm": "layer", "top_k": 64},
         )
+        if kind.get("implementation") != "product-key-memory" or find_spec("product_key_memory")
     ]
     run_sweep(points, file, FAST)
     for point, row in zip(points, file.rows, strict=True):
+        assert row.ok, row.status
         assert row.parameter_bytes + row.peak_bytes <= predicted_bytes(point), row.label()
 
 
