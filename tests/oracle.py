@@ -27,12 +27,10 @@ def assert_selects_exactly(scores: Tensor, slots: Tensor, all_scores: Tensor) ->
 
     For inputs whose scores are exact in float32 (small integers, say).
     """
-    top_k = scores.shape[-1]
-    torch.testing.assert_close(
-        scores.double(), all_scores.topk(top_k, dim=-1).values, rtol=0, atol=0
-    )
-    torch.testing.assert_close(all_scores.gather(-1, slots.long()), scores.double(), rtol=0, atol=0)
     assert_distinct(slots, all_scores.shape[-1])
+    best = all_scores.topk(scores.shape[-1], dim=-1).values
+    torch.testing.assert_close(scores.double(), best, rtol=0, atol=0)
+    torch.testing.assert_close(all_scores.gather(-1, slots.long()), scores.double(), rtol=0, atol=0)
 
 
 def assert_distinct(slots: Tensor, num_slots: int) -> None:
