@@ -110,23 +110,28 @@ def check_slots(slots: Tensor) -> None:
         raise ValueError("slots must have shape [..., R], not []")
 
 
-def int32_slots(slots: Tensor, num_slots: int) -> Tensor:
-    """`slots` contiguous and as int32, checked to lie in [0, num_slots) where that is free.
-
-    Only slots on the CPU can be checked without waiting for a device. Elsewhere a slot out of
-    range stays one: int64 values are clamped so that the cast cannot wrap them into range.
-
-    Raises:
-        ValueError: for a slot on the CPU that is out of range.
-    """
+def check_slot_range(slots: Tensor, num_slots: int) -> None:
+    """Every slot lies in [0, num_slots): checked on the CPU only, where no device is waited for."""
     if slots.device.type == "cpu" and slots.numel() > 0:
         low, high = (int(end) for end in slots.aminmax())
         if low < 0 or high >= num_slots:
             raise ValueError(
-                f"slots must lie in [0, {num_slots}), the rows of values, but range from {low} "
+                f"slots must lie in [0, {num_slots}), the rows of the table, but range from {low} "
                 f"to {high}"
             )
-    elif slots.dtype == torch.int64:
+
+
+def int32_slots(slots: Tensor, num_slots: int) -> Tensor:
+    """`slots` contiguous and as int32, their range checked where that is free.
+
+    Elsewhere a slot out of range stays one: int64 values are clamped so that the cast cannot wrap
+    them into range.
+
+    Raises:
+        ValueError: for a slot on the CPU that is out of range.
+    """
+    check_slot_range(slots, num_slots)
+    if slots.dtype == torch.int64 and slots.device.type != "cpu":
         slots = slots.clamp(-1, num_slots)
     return slots.to(torch.int32).contiguous()
 

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._checks import check_integer, check_same_device, check_slots, check_tensor
+from ._checks import check_integer, check_same_device, check_slot_range, check_slots, check_tensor
 
 
 class MemoryUsage:
@@ -56,12 +56,7 @@ class MemoryUsage:
             self._device = slots.device
             self.weight_sums = self.weight_sums.to(slots.device)
         check_same_device(slots=slots, weights=weights, weight_sums=self.weight_sums)
-        if slots.device.type == "cpu" and slots.numel() > 0:
-            low, high = (int(end) for end in slots.aminmax())
-            if low < 0 or high >= self.num_slots:
-                raise ValueError(
-                    f"slots must lie in [0, {self.num_slots}), but range from {low} to {high}"
-                )
+        check_slot_range(slots, self.num_slots)
         self.weight_sums.index_add_(0, slots.flatten(), weights.flatten().to(torch.float64))
 
     def merge(self, other: "MemoryUsage") -> None:
