@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel, for several GPUs and without any of them.
+"""What the compiler makes of the forward kernels, for several GPUs and without any of them.
 
 Each kernel file names its shipped configurations as calls of its launcher on tensors without data.
 The launches are recorded instead of run, and compiled ahead of time: the report cannot disagree
