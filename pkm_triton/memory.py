@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ._checks import check_integer, check_mask, check_tensor, check_top_k
 from .ops import flat_key_topk, gather_values, product_key_topk
 from .query import QueryNetwork, QueryNorm
+from .usage import MemoryUsage
 
 
 class _KeyValueMemory(nn.Module, ABC):
@@ -43,6 +44,7 @@ class _KeyValueMemory(nn.Module, ABC):
         if self.query_dim % 2:
             raise ValueError(f"query_dim is {query_dim}, but must be even: a query has two halves")
         self.sparse_grad = bool(sparse_grad)
+        self.usage: MemoryUsage | None = None
         self.query_net = QueryNetwork(
             dim, heads, query_dim, query_norm, query_hidden, device=device, dtype=dtype
         )
@@ -124,9 +126,25 @@ class _KeyValueMemory(nn.Module, ABC):
             ValueError: if a shape or a device does not fit.
         """
         weights, slots = self.lookup(x, mask)
+        if self.usage is not None:
+            self.usage.update(slots, weights)
         return gather_values(
             self.values, slots.flatten(-2), weights.flatten(-2), sparse_grad=self.sparse_grad
         )
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that make a layer of this kind and these sizes, as plain data."""
+        return {
+            "dim": self.dim,
+            "value_dim": self.value_dim,
+            "num_subkeys": self.num_subkeys,
+            "heads": self.heads,
+            "top_k": self.top_k,
+            "query_dim": self.query_dim,
+            "query_norm": self.query_net.norm_name,
+            "query_hidden": list(self.query_net.hidden),
+            "sparse_grad": self.sparse_grad,
+        }
 
     def extra_repr(self) -> str:
         """The layer's sizes."""
@@ -163,6 +181,8 @@ class ProductKeyMemory(_KeyValueMemory):
         subkeys: parameter [H, 2, N, d_q / 2].
         values: parameter [N², value_dim], shared by all heads. Layers may share it: assign one
             layer's parameter to another.
+        usage: a `MemoryUsage` that is shown every read of a forward pass, or None (see
+            `track_usage`).
 
     Raises:
         TypeError: if a size is no integer.

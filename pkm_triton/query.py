@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._checks import check_integer
+from .batch_norm import SynchronisedBatchNorm, batch_norm
 
 QueryNorm = Literal["batch", "layer"] | None
 
@@ -47,13 +49,15 @@ class QueryNetwork(nn.Module):
         self.heads = check_integer("heads", heads, 1)
         self.query_dim = check_integer("query_dim", query_dim, 1)
         widths = [check_integer("dim", dim, 1)]
-        widths += [check_integer("query_hidden", width, 1) for width in hidden]
+        self.hidden = tuple(check_integer("query_hidden", width, 1) for width in hidden)
+        widths += self.hidden
         layers: list[nn.Module] = []
         for width, next_width in zip(widths, [*widths[1:], heads * query_dim], strict=True):
             if layers:
                 layers.append(nn.ReLU())
             layers.append(nn.Linear(width, next_width, device=device, dtype=dtype))
         self.layers = nn.Sequential(*layers)
+        self.norm_name: QueryNorm = norm
         self.norm: nn.Module
         if norm == "batch":
             self.norm = nn.BatchNorm1d(heads * query_dim, device=device, dtype=dtype)
@@ -74,53 +78,27 @@ class QueryNetwork(nn.Module):
         """Queries [..., H, d_q] of tokens x [..., dim]; mask [...] is False where x is padding."""
         query: Tensor = self.layers(x)
         if isinstance(self.norm, nn.modules.batchnorm._BatchNorm):
-            # nn.SyncBatchNorm.convert_sync_batchnorm may have put its own module here.
+            # It may have become a synchronised one since.
             rows = query.reshape(math.prod(x.shape[:-1]), query.shape[-1])
-            query = _batch_norm(self.norm, rows, None if mask is None else mask.flatten())
+            query = batch_norm(self.norm, rows, None if mask is None else mask.flatten())
             return query.view(*x.shape[:-1], self.heads, self.query_dim)
         return self.norm(query.unflatten(-1, (self.heads, self.query_dim)))
 
 
-def _batch_norm(norm: nn.modules.batchnorm._BatchNorm, rows: Tensor, mask: Tensor | None) -> Tensor:
-    """`norm(rows)` with statistics of the rows [T, features] where mask [T] is True."""
-    if rows.shape[0] == 0:
-        return rows
-    if mask is None or not norm.training:
-        return norm(rows)
-    if isinstance(norm, nn.SyncBatchNorm):
-        # Ranks may hold different numbers of tokens; picking them costs a wait for the device,
-        # which the exchange of statistics costs anyway.
-        return torch.zeros_like(rows).masked_scatter(mask.unsqueeze(-1), norm(rows[mask]))
-    return _masked_batch_norm(norm, rows, mask)
+def synchronise_batch_norm(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
+    """Make the batch norm of every query network one over all ranks, for data-parallel training.
 
+    As `nn.SyncBatchNorm.convert_sync_batchnorm`, which runs on GPUs only; this runs wherever the
+    process group does, gloo on CPUs included, and waits for no device.
 
-def _masked_batch_norm(norm: nn.modules.batchnorm._BatchNorm, rows: Tensor, mask: Tensor) -> Tensor:
-    """Batch norm in training with a mask, of fixed shapes and without a copy to the host.
+    Args:
+        model: any module; changed in place. Parameters and statistics stay the same tensors.
+        group: the ranks that share a batch; by default all.
 
-    As `nn.BatchNorm1d`: the biased variance normalises, the unbiased one enters the running
-    statistics. With no token left the running statistics stay as they are.
+    Returns:
+        The model.
     """
-    real = mask.unsqueeze(-1)
-    wide = rows.float() if rows.dtype != torch.float64 else rows
-    wide = wide.masked_fill(~real, 0)
-    count = mask.sum()
-    divisor = count.clamp(min=1)
-    mean = wide.sum(0) / divisor
-    centred = (wide - mean).masked_fill(~real, 0)
-    variance = centred.square().sum(0) / divisor
-    if norm.track_running_stats and norm.running_mean is not None:
-        assert norm.running_var is not None
-        assert norm.num_batches_tracked is not None
-        with torch.no_grad():
-            seen = (count > 0).to(torch.int64)
-            norm.num_batches_tracked.add_(seen)
-            share = norm.momentum
-            step = 1 / norm.num_batches_tracked.clamp(min=1) if share is None else share
-            step = step * seen
-            unbiased = variance * divisor / (divisor - 1).clamp(min=1)
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), step.to(norm.running_mean))
-            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), step.to(norm.running_var))
-    scaled = centred * (variance + norm.eps).rsqrt()
-    if norm.affine:
-        scaled = scaled * norm.weight + norm.bias
-    return scaled.to(rows.dtype)
+    for module in model.modules():
+        if isinstance(module, QueryNetwork) and type(module.norm) is nn.BatchNorm1d:
+            module.norm = SynchronisedBatchNorm.of(module.norm, group)
+    return model

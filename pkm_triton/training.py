@@ -1,11 +1,14 @@
-"""Help with training: parameter groups (paper 4.3)."""
+"""Help with training: parameter groups (paper 4.3), and usage while a model runs (paper 4.2)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from ._checks import check_positive
 from .memory import _KeyValueMemory
+from .usage import MemoryUsage
 
 
 def param_groups(
@@ -39,3 +42,29 @@ def param_groups(
         {"params": [p for p in trained if id(p) in value_ids], "lr": value_lr},
     ]
     return [group for group in groups if group["params"]]
+
+
+@contextmanager
+def track_usage(model: nn.Module) -> Iterator[dict[str, MemoryUsage]]:
+    """Count what every memory of a model reads, while the `with` block lasts.
+
+    Args:
+        model: any module; its memory layers are found wherever they are.
+
+    Yields:
+        A `MemoryUsage` for each memory layer, by the layer's name in the model.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _KeyValueMemory)
+    }
+    before = {name: layer.usage for name, layer in layers.items()}
+    usages = {name: MemoryUsage(layer.num_slots) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.usage = usages[name]
+    try:
+        yield usages
+    finally:
+        for name, layer in layers.items():
+            layer.usage = before[name]

@@ -1,9 +1,8 @@
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
+from ranks import run_two_ranks
 
 import pkm_triton as pkm
 
@@ -66,32 +65,20 @@ def test_merge():
 
 
 RANK = """
-import sys
-import torch, torch.distributed as dist
 import pkm_triton as pkm
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 usage = pkm.MemoryUsage(50)
-usage.update(*torch.load(f"{store}.{rank}"))
+usage.update(*torch.load(f"{folder}/{rank}.pt"))
 usage.all_reduce()
 print(usage.usage().item(), usage.kl().item())
-dist.destroy_process_group()
 """
 
 
 @pytest.mark.slow
 def test_all_reduce(tmp_path):
-    store = tmp_path / "store"
     parts = reads(seed=0), reads(seed=1)
     for rank, part in enumerate(parts):
-        torch.save(part, f"{store}.{rank}")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(store)], stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    both = [tuple(map(float, rank.communicate(timeout=120)[0].split())) for rank in ranks]
+        torch.save(part, tmp_path / f"{rank}.pt")
+    both = [tuple(map(float, out.split())) for out in run_two_ranks(RANK, tmp_path)]
     assert both[0] == both[1]
     slots, weights = (torch.cat(pair) for pair in zip(*parts, strict=True))
     assert both[0] == pytest.approx(brute_force(50, slots, weights), abs=1e-12)
@@ -120,3 +107,37 @@ def test_bad_reads_change_nothing(slots, weights, error, message):
 def test_bad_size():
     with pytest.raises(ValueError, match="num_slots is 0"):
         pkm.MemoryUsage(0)
+
+
+def test_a_models_memories_are_tracked_while_the_block_lasts():
+    sizes = {"num_subkeys": 6, "heads": 2, "top_k": 3, "query_dim": 4}
+    net = torch.nn.Sequential(
+        torch.nn.Linear(8, 8), pkm.ProductKeyMemory(8, **sizes), pkm.FlatKeyMemory(8, **sizes)
+    ).eval()
+    x = torch.randn(5, 8)
+    with pkm.track_usage(net) as usages:
+        hidden = net[0](x)
+        net(x[:2])
+        net(x[2:])
+    assert list(usages) == ["1", "2"]
+    for layer, usage, given in (
+        (net[1], usages["1"], hidden),
+        (net[2], usages["2"], net[1](hidden)),
+    ):
+        weights, slots = layer.lookup(given)
+        brute = torch.zeros(36, dtype=torch.float64)
+        for slot, weight in zip(slots.flatten().tolist(), weights.flatten().tolist(), strict=True):
+            brute[slot] += weight
+        torch.testing.assert_close(usage.weight_sums, brute)
+        assert layer.usage is None
+    net(x)
+    assert usages["1"].weight_sums.sum() == pytest.approx(10)
+
+
+def test_tracking_ends_with_an_error_and_does_not_enter_the_state():
+    layer = pkm.ProductKeyMemory(8, num_subkeys=6, heads=2, top_k=3, query_dim=4)
+    keys = list(layer.state_dict())
+    with pytest.raises(ValueError, match="x must have shape"), pkm.track_usage(layer):  # noqa: PT012
+        assert list(layer.state_dict()) == keys
+        layer(torch.randn(2, 3))
+    assert layer.usage is None

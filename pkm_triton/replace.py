@@ -1,0 +1,142 @@
+"""Put memories in the place of feed-forward networks, in any model."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from ._checks import check_integer
+
+
+def check_layers(name: str, layers: Sequence[int], num_layers: int) -> list[int]:
+    """`layers` are numbers from 1 to num_layers, each once; returned in order."""
+    numbers = [check_integer(name, layer, 1) for layer in layers]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{name} is {list(layers)}, but a layer may be named only once")
+    for number in numbers:
+        if number > num_layers:
+            raise ValueError(
+                f"{name} names layer {number}, but the model has {num_layers} layers, counted "
+                "from 1"
+            )
+    return sorted(numbers)
+
+
+def replace_ffn(
+    model: nn.Module,
+    layers: Sequence[int],
+    make_memory: Callable[[], nn.Module],
+    ffn: str = "mlp",
+) -> list[nn.Module]:
+    """Replace the feed-forward network of some layers of a model by memories, in place (paper 4).
+
+    The model's layers are its one `nn.ModuleList` whose members have the module `ffn`: "mlp" in
+    Hugging Face's GPT-2, Llama and their like. What the layer does around its FFN, residual sum
+    and norms, stays. Torch's own `nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer`
+    need no name: the memory takes the place of the whole feed-forward block.
+
+    Such a layer hands on no padding mask, so padded tokens enter the batch statistics of
+    `query_norm="batch"`; with padded batches choose "layer". A plain `from_pretrained` of what
+    `save_pretrained` wrote silently drops the memories: use `save_with_memory`.
+
+    Args:
+        model: holds the layers; of an encoder-decoder give the part that is meant.
+        layers: which, counted from 1 as in the paper (see `memory_layers`).
+        make_memory: makes one memory, [..., dim] to [..., dim]; called once a layer, in order.
+        ffn: name of the FFN within a layer, with dots for one further down.
+
+    Returns:
+        The memories, in the order of the layers; each has been moved to the device and the
+        dtype of the parameters it replaces, and is in the model's training mode.
+
+    Raises:
+        TypeError: if a layer number is no integer, or make_memory returns no module.
+        ValueError: if a layer does not exist or is named twice, or if there is no such list of
+            layers, or more than one. The model is as it was then.
+    """
+    path, found = _find_layers(model, ffn)
+    numbers = check_layers("layers", layers, len(found))
+    places = []
+    for number in numbers:
+        name = _ffn_name(found[number - 1], ffn)
+        if name is None:
+            raise ValueError(f"layers names layer {number}, but that layer has no module {ffn!r}")
+        places.append(".".join(filter(None, (path, str(number - 1), name))))
+    memories = []
+    for _ in places:
+        memory = make_memory()
+        if not isinstance(memory, nn.Module):
+            raise TypeError(f"make_memory must return a module, not {type(memory).__name__}")
+        memories.append(memory)
+    for place, memory in zip(places, memories, strict=True):
+        replaced = model.get_submodule(place)
+        example = next((p for p in replaced.parameters() if p.is_floating_point()), None)
+        if example is not None:
+            memory.to(device=example.device, dtype=example.dtype)
+        memory.train(replaced.training)
+        put_memory(model, place, memory)
+    return memories
+
+
+def put_memory(model: nn.Module, place: str, memory: nn.Module) -> None:
+    """Set `memory` at the dotted name `place`.
+
+    In one of torch's layers, whose feed-forward block is no module of its own, that is `linear1`;
+    the rest of the block then hands on what the memory returns.
+    """
+    parent_name, _, name = place.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    setattr(parent, name, memory)
+    for absorbed in absorbed_modules(model, place):
+        setattr(parent, absorbed.rpartition(".")[2], nn.Identity())
+    if isinstance(parent, _TORCH_LAYERS):
+        parent.activation = _hand_on
+        # Torch's fused inference path would go round the memory.
+        parent.activation_relu_or_gelu = 0  # pyright: ignore[reportArgumentType]
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoder) and parent in set(module.layers):
+                module.use_nested_tensor = False
+
+
+def absorbed_modules(model: nn.Module, place: str) -> list[str]:
+    """Dotted names of the modules that a memory at `place` puts out of use beside it."""
+    parent_name, _, name = place.rpartition(".")
+    if isinstance(model.get_submodule(parent_name), _TORCH_LAYERS) and name == "linear1":
+        return [".".join(filter(None, (parent_name, other))) for other in ("dropout", "linear2")]
+    return []
+
+
+_TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def _hand_on(x: Tensor) -> Tensor:
+    return x
+
+
+def _ffn_name(layer: nn.Module, ffn: str) -> str | None:
+    """The name of a layer's FFN: `ffn` if it has that, `linear1` in torch's own layers."""
+    if isinstance(layer, _TORCH_LAYERS):
+        return "linear1"
+    try:
+        layer.get_submodule(ffn)
+    except AttributeError:
+        return None
+    return ffn
+
+
+def _find_layers(model: nn.Module, ffn: str) -> tuple[str, nn.ModuleList]:
+    lists = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and any(_ffn_name(layer, ffn) is not None for layer in module)
+    }
+    if not lists:
+        raise ValueError(
+            f"ffn is {ffn!r}, but model has no list of layers with a module of that name"
+        )
+    if len(lists) > 1:
+        raise ValueError(
+            f"ffn is {ffn!r}, but model has several lists of layers with such a module: "
+            f"{', '.join(lists)}; give one part of the model"
+        )
+    return next(iter(lists.items()))
