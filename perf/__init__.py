@@ -1,1 +1,1 @@
-"""The perf harness: sweeps, plots and kernel reports (`pkm-perf`)."""
+"""The perf harness: sweeps, studies, plots and kernel reports (`pkm-perf`)."""

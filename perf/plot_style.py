@@ -64,11 +64,13 @@ def count_axis(axis: Axes) -> None:
     axis.yaxis.set_minor_locator(NullLocator())
 
 
-def new_figure(panels: int, width: float = 10.0, height: float = 4.6) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side, drawn without a window."""
+def new_figure(
+    panels: int, width: float = 10.0, height: float = 4.6, rows: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """A figure with rows of panels side by side, drawn without a window; axes row by row."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    axes = list(figure.subplots(rows, panels, squeeze=False).flat)
     for axis in axes:
         axis.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
         axis.set_axisbelow(True)

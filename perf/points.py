@@ -18,7 +18,12 @@ DTYPES = {
 }
 
 
-def _require_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def require_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """`value` is one of `allowed`.
+
+    Raises:
+        ValueError: it is not.
+    """
     if value not in allowed:
         raise ValueError(f"{name}: {value!r} is unknown; allowed: {', '.join(allowed)}")
 
@@ -64,13 +69,13 @@ class Point:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        _require_choice("implementation", self.implementation, IMPLEMENTATIONS)
-        _require_choice("keys", self.keys, KEYS)
-        _require_choice("query_norm", self.query_norm, NORMS)
-        _require_choice("pass", self.pass_name, PASSES)
-        _require_choice("dtype", self.dtype, tuple(DTYPES))
-        _require_choice("reads", self.reads, READS)
-        _require_choice("device", self.device, ("cpu", "cuda"))
+        require_choice("implementation", self.implementation, IMPLEMENTATIONS)
+        require_choice("keys", self.keys, KEYS)
+        require_choice("query_norm", self.query_norm, NORMS)
+        require_choice("pass", self.pass_name, PASSES)
+        require_choice("dtype", self.dtype, tuple(DTYPES))
+        require_choice("reads", self.reads, READS)
+        require_choice("device", self.device, ("cpu", "cuda"))
         for name in (
             "num_subkeys",
             "top_k",

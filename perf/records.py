@@ -1,16 +1,12 @@
-"""A measured row, and the CSV file that holds rows: written whole at every change."""
+"""A measured row of a sweep, and the CSV file that holds them."""
 
 import dataclasses
-import io
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from .files import write_whole
+from . import rows
 from .points import Point
 
 SCHEMA = 1
@@ -78,13 +74,7 @@ class Row(Point):
 
 
 POINT_FIELDS = tuple(field.name for field in dataclasses.fields(Point))
-COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
-_CONVERTERS = {
-    int: int,
-    str: str,
-    bool: {"True": True, "False": False}.__getitem__,
-    float: lambda text: float(text) if text else _NAN,
-}
+COLUMNS = rows.columns_of(Row)
 
 
 def point_of(row: Row) -> Point:
@@ -93,73 +83,24 @@ def point_of(row: Row) -> Point:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read a CSV written by `RowFile`.
+    """Read the CSV of a sweep.
 
     Raises:
         ValueError: there is no such file, it is no sweep, or it is of another schema version.
     """
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError as error:
-        raise ValueError(f"CSV: there is no file {str(path)!r}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"CSV: {str(path)!r} cannot be read: {error}") from error
-    if "schema" not in table.columns:
-        raise ValueError(f"CSV: {str(path)!r} was not written by pkm-perf (no column 'schema')")
-    versions = set(table["schema"]) - {str(SCHEMA)}
-    if versions:
-        raise ValueError(
-            f"CSV: {str(path)!r} has schema version {', '.join(sorted(versions))}, this pkm-perf "
-            f"reads and writes version {SCHEMA}; give another --output or move the file away"
-        )
-    if tuple(table.columns) != COLUMNS:
-        wrong = sorted(set(table.columns) ^ set(COLUMNS)) or ["their order"]
-        raise ValueError(f"CSV: {str(path)!r} has other columns: {', '.join(wrong)}")
-    try:
-        return [
-            Row(
-                **{
-                    field.name: _CONVERTERS[field.type](cell)  # pyright: ignore[reportArgumentType, reportCallIssue]
-                    for field, cell in zip(dataclasses.fields(Row), cells, strict=True)
-                }
-            )
-            for cells in table.itertuples(index=False, name=None)
-        ]
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"CSV: {str(path)!r} has a cell that cannot be read: {error}") from error
+    return rows.read_rows(path, Row)
 
 
-def rows_to_frame(rows: Iterable[Row]) -> pd.DataFrame:
-    """One line a row, with the columns of the CSV."""
-    return pd.DataFrame([dataclasses.asdict(row) for row in rows], columns=list(COLUMNS))
-
-
-class RowFile:
-    """The rows of a CSV file, which is replaced as a whole whenever a row is added.
-
-    A kill at any moment leaves every row that was added, and no half of one.
+class RowFile(rows.RowFile[Row]):
+    """The rows of a sweep's CSV file (see `rows.RowFile`).
 
     Raises:
         ValueError: the file exists and is not of this schema version.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        rows = read_rows(path) if path.exists() else []
-        self._rows = {row.key: row for row in rows}
-
-    @property
-    def rows(self) -> list[Row]:
-        """All rows, in the order in which they were first added."""
-        return list(self._rows.values())
+        super().__init__(path, Row)
 
     def get(self, point: Point, device_name: str) -> Row | None:
         """The row of that point on that device, if it has been measured."""
-        return self._rows.get((*(getattr(point, name) for name in POINT_FIELDS), device_name))
-
-    def add(self, *rows: Row) -> None:
-        """Add rows, or replace those with the same key, and write the file."""
-        self._rows.update((row.key, row) for row in rows)
-        text = io.StringIO()
-        rows_to_frame(self.rows).to_csv(text, index=False, lineterminator="\n")
-        write_whole(self.path, text.getvalue())
+        return self.find((*(getattr(point, name) for name in POINT_FIELDS), device_name))

@@ -1,0 +1,153 @@
+"""Memory size, with and without batch norm on the query: the paper's Table 2 and Figure 5."""
+
+import dataclasses
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from pkm_triton.perf import paper
+from pkm_triton.perf.plot_style import (
+    BLUE,
+    GREY,
+    ORANGE,
+    add_caption,
+    new_figure,
+    plain_log_axis,
+    slots_label,
+)
+from pkm_triton.perf.table import markdown
+
+from .presets import Preset
+from .summary import Report, Results, about, draw, line, published
+from .trial import Trial
+
+TITLE = "Memory size and batch norm (the paper's Table 2 and Figure 5)"
+_NORMS = {"none": "no batch norm", "batch": "batch norm"}
+_STYLE: dict[str, dict[str, Any]] = {
+    "none": {"color": ORANGE, "marker": "s"},
+    "batch": {"color": BLUE, "marker": "o"},
+}
+_FIGURES = {"perplexity": (".2f", 1.0), "usage": (".1f", 100.0), "kl": (".2f", 1.0)}
+_NAMES = {"perplexity": "perplexity", "usage": "usage (%)", "kl": "KL"}
+
+
+def _sized(base: Trial, size: int, norm: str) -> Trial:
+    return dataclasses.replace(base, num_subkeys=size, query_norm=norm)
+
+
+def _without(base: Trial, preset: Preset) -> dict[str, Trial]:
+    """The same model without a memory, and with an FFN of the memory's time in its place."""
+    none = without_memory(base)
+    wide = dataclasses.replace(none, layers=base.layers + preset.equal_time_layers)
+    return {"no memory": none, f"no memory, {wide.layers} layers": wide}
+
+
+def without_memory(base: Trial) -> Trial:
+    """The same model with its FFN in every layer; fields of the memory at their defaults."""
+    blank = Trial()
+    return dataclasses.replace(
+        base,
+        memory_layers="",
+        interleave=False,
+        sparse_grad=False,
+        keys=blank.keys,
+        num_subkeys=blank.num_subkeys,
+        heads=blank.heads,
+        top_k=blank.top_k,
+        query_dim=blank.query_dim,
+        query_norm=blank.query_norm,
+    )
+
+
+def trials(preset: Preset, base: Trial) -> list[Trial]:
+    """Every size with and without batch norm, and the models without a memory."""
+    sized = [_sized(base, size, norm) for size in preset.sizes for norm in _NORMS]
+    return [*_without(base, preset).values(), *sized]
+
+
+def timed(preset: Preset, base: Trial) -> list[Trial]:
+    """The models without a memory, and the sizes with batch norm."""
+    sized = [_sized(base, size, "batch") for size in preset.sizes]
+    return [*_without(base, preset).values(), *sized]
+
+
+def report(results: Results, preset: Preset, base: Trial) -> Report:
+    """Table 2 and Figure 5."""
+    cells = {
+        norm: [results.cell(_sized(base, size, norm)) for size in preset.sizes] for norm in _NORMS
+    }
+    if not any(cell for row in cells.values() for cell in row):
+        return Report([], {})
+    lines = [["\\|C\\|", *map(str, preset.sizes)]]
+    for name, (spec, scale) in _FIGURES.items():
+        for norm, words in _NORMS.items():
+            lines.append(line(f"{_NAMES[name]}, {words}", cells[norm], name, spec, scale))
+    lines.append(line("bits per byte, batch norm", cells["batch"], "bits_per_byte", ".4f"))
+    lines.append(line("reads of the test set a slot", cells["batch"], "reads_per_slot", ",.0f"))
+    ours = markdown(["memory size", *(slots_label(size**2) for size in preset.sizes)], lines)
+    rates = [results.speed(_sized(base, size, "batch")) for size in preset.sizes]
+    lines = []
+    for name, trial in _without(base, preset).items():
+        cell, rate = results.cell(trial), results.speed(trial)
+        lines.append(
+            [
+                name,
+                cell.text("perplexity", ".2f") if cell else "–",
+                f"{rate.tokens_per_s:,.0f}" if rate else "–",
+            ]
+        )
+    for size, cell, rate in zip(preset.sizes, cells["batch"], rates, strict=True):
+        lines.append(
+            [
+                f"memory of {slots_label(size**2)}, batch norm",
+                cell.text("perplexity", ".2f") if cell else "–",
+                f"{rate.tokens_per_s:,.0f}" if rate else "–",
+            ]
+        )
+    speeds = markdown(["model", "perplexity", "tokens/s at inference"], lines)
+    lines = [["\\|C\\|", *map(str, paper.TABLE_2_NUM_SUBKEYS)]]
+    for name, (spec, scale) in _FIGURES.items():
+        spec = ".1f" if name == "perplexity" else spec
+        for norm, words in _NORMS.items():
+            values = paper.TABLE_2[norm][name]
+            lines.append(published(f"{_NAMES[name]}, {words}", values, spec, scale))
+    sizes = [slots_label(size**2) for size in paper.TABLE_2_NUM_SUBKEYS]
+    theirs = markdown(["memory size", *sizes], lines)
+    caption = about(results, base, "num_subkeys")
+    note = f"The paper's own; without a memory its model has {paper.NO_MEMORY_PERPLEXITY}:"
+    return Report(
+        [caption, ours, speeds, note, theirs],
+        {"memory_size": _figure(results, preset, base, caption)},
+    )
+
+
+def _figure(results: Results, preset: Preset, base: Trial, caption: str) -> Figure:
+    figure, axes = new_figure(2, width=9.5, height=7.6, rows=2)
+    slots = [size**2 for size in preset.sizes]
+    theirs = [size**2 for size in paper.TABLE_2_NUM_SUBKEYS]
+    for column, name in enumerate(("usage", "perplexity")):
+        scale = _FIGURES[name][1]
+        for norm, words in _NORMS.items():
+            cells = [results.cell(_sized(base, size, norm)) for size in preset.sizes]
+            draw(axes[column], slots, cells, name, scale=scale, label=words, **_STYLE[norm])
+            values = [value * scale for value in paper.TABLE_2[norm][name]]
+            axes[2 + column].plot(theirs, values, markersize=5, label=words, **_STYLE[norm])
+        for axis, ticks in ((axes[column], slots), (axes[2 + column], theirs)):
+            plain_log_axis(axis, "x", ticks, [slots_label(tick) for tick in ticks])
+            axis.set_ylabel("memory usage, %" if name == "usage" else "test perplexity")
+            axis.set_xlabel("memory size, slots")
+            if name == "usage":
+                axis.set_ylim(0, 105)
+    none = results.cell(without_memory(base))
+    if none is not None:
+        style = {"color": GREY, "linestyle": "--", "linewidth": 1.2, "label": "no memory"}
+        axes[1].axhline(none.mean("perplexity"), **style)
+        axes[3].axhline(paper.NO_MEMORY_PERPLEXITY, **style)
+    axes[0].set_title("Usage, here", fontsize=11)
+    axes[1].set_title("Perplexity, here", fontsize=11)
+    axes[2].set_title("Usage, the paper's Figure 5", fontsize=11)
+    axes[3].set_title("Perplexity, the paper's Figure 5", fontsize=11)
+    for axis in axes:
+        axis.legend(fontsize=8, frameon=False)
+    add_caption(figure, caption)
+    return figure

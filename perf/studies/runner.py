@@ -1,0 +1,125 @@
+"""Train the models of a study, each recorded as soon as it is done."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pkm_triton as pkm
+from pkm_triton.perf.environment import device_name, versions
+from pkm_triton.perf.rows import RowFile, read_rows
+
+from .data import make_data
+from .evaluation import evaluate
+from .ranks import Ranks
+from .text import Text
+from .training import Trainer
+from .trial import TrainedRow, Trial
+
+TRAINED_CSV = "trained.csv"
+
+
+def train_trials(
+    trials: Sequence[Trial],
+    file: RowFile[TrainedRow],
+    text: Text | None,
+    *,
+    device: str = "cpu",
+    ranks: Ranks | None = None,
+    checkpoint_seconds: float = 60.0,
+    neighbours: Iterable[Path] = (),
+    progress: Callable[[str], None] = print,
+) -> int:
+    """Train the trials that `file` does not hold yet, and add a row for each.
+
+    A trial that is cut off goes on from its checkpoint, which lies beside the file. All data are
+    made before anything is trained, so that what is wrong with them is said at once.
+
+    Args:
+        trials: what to train.
+        file: where rows are added, by rank 0.
+        text: what the trials name, if any does.
+        device: `cpu` or `cuda`.
+        ranks: those that share the work.
+        checkpoint_seconds: time between two checkpoints.
+        neighbours: CSVs of other studies; a trial that one of them holds is taken from there.
+        progress: is told what is done.
+
+    Returns:
+        The number of trials trained.
+
+    Raises:
+        ValueError: the data cannot be made, a batch cannot be shared, or a checkpoint is of
+            another configuration.
+        OSError: a file cannot be written; every trial that was done is in `file`.
+    """
+    ranks = ranks or Ranks()
+    known = {row.key: row for path in neighbours for row in read_rows(path, TrainedRow)}
+    taken = [known[trial.key] for trial in trials if trial.key in known]
+    taken = [row for row in taken if file.find(row.key) is None]
+    if taken and ranks.rank == 0:
+        file.add(*taken)
+    have = {row.key for row in (*file.rows, *taken)}
+    todo = [trial for trial in dict.fromkeys(trials) if trial.key not in have]
+    for trial in todo:
+        make_data(trial, text)
+    ranks.wait()  # until all have read what rank 0 is about to add to
+    for number, trial in enumerate(todo, start=1):
+        if ranks.rank == 0:
+            progress(f"{number}/{len(todo)}: {trial.label()}")
+        checkpoint = file.path.parent / "checkpoints" / f"{trial.name}.pt"
+        if ranks.rank == 0:
+            checkpoint.parent.mkdir(exist_ok=True)
+        row = train_trial(
+            trial,
+            text,
+            checkpoint,
+            device=device,
+            ranks=ranks,
+            checkpoint_seconds=checkpoint_seconds,
+        )
+        if ranks.rank == 0:
+            file.add(row)
+            checkpoint.unlink(missing_ok=True)
+            _remove_empty(checkpoint.parent)
+        ranks.wait()
+    return len(todo)
+
+
+def train_trial(
+    trial: Trial,
+    text: Text | None,
+    checkpoint: Path,
+    *,
+    device: str,
+    ranks: Ranks,
+    checkpoint_seconds: float,
+) -> TrainedRow:
+    """Train one trial and evaluate it, on rank 0; the row of the other ranks has no figures."""
+    trainer = Trainer(trial, make_data(trial, text), device=device, ranks=ranks)
+    train_loss = trainer.run(checkpoint, checkpoint_seconds=checkpoint_seconds)
+    row = TrainedRow(**dataclasses.asdict(trial))
+    if ranks.rank:
+        return row
+    figures = dataclasses.asdict(evaluate(trainer.model, trainer.data, device))
+    model = trainer.model
+    memories = [
+        module
+        for module in model.modules()
+        if isinstance(module, pkm.ProductKeyMemory | pkm.FlatKeyMemory)
+    ]
+    return dataclasses.replace(
+        row,
+        **figures,
+        **versions(),
+        train_loss=train_loss,
+        train_tokens=trial.steps * trial.batch * trial.context,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        memory_parameters=sum(each.numel() for layer in memories for each in layer.parameters()),
+        seconds=trainer.seconds,
+        device_name=device_name(device),
+    )
+
+
+def _remove_empty(folder: Path) -> None:
+    if not any(folder.iterdir()):
+        folder.rmdir()

@@ -1,0 +1,109 @@
+"""Train one language model with memories on a text, and save it.
+
+A training that was stopped goes on where it was when the same command is given again. Under
+torchrun every batch is shared by all ranks: torchrun --nproc-per-node 2 -m pkm_triton.perf train
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from pkm_triton.checkpoints import save_with_memory
+from pkm_triton.perf.environment import resolve_device
+from pkm_triton.perf.files import ensure_writable
+
+from .data import make_data
+from .evaluation import evaluate
+from .presets import PRESETS
+from .ranks import Ranks, ranks_of_torchrun
+from .text import SOURCES, read_text
+from .training import Trainer
+from .trial import Trial, parse_settings
+
+CHECKPOINT, MODEL = "checkpoint.pt", "model.pt"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `pkm-perf train`."""
+    parser.add_argument(
+        "--preset", default="small", help=f"the sizes: {', '.join(PRESETS)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a size or a setting: "
+        + ", ".join(field.name for field in dataclasses.fields(Trial)),
+    )
+    parser.add_argument(
+        "--text",
+        help=f"a file, a folder, or one of {', '.join(SOURCES)} (default: the first installed)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("train-output"),
+        help=f"folder for {CHECKPOINT} and {MODEL} (default: %(default)s)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument(
+        "--checkpoint-seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="time between two checkpoints (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, evaluate and save.
+
+    Raises:
+        ValueError: an argument is not allowed, the text cannot be used, or the folder holds the
+            checkpoint of another configuration. Nothing has been trained then.
+        OSError: a file could not be written; the last checkpoint is there.
+    """
+    if arguments.preset not in PRESETS:
+        raise ValueError(f"preset: {arguments.preset!r} is unknown; allowed: {', '.join(PRESETS)}")
+    trial = dataclasses.replace(PRESETS[arguments.preset].text, **parse_settings(arguments.set))
+    device = resolve_device(arguments.device)
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ValueError(f"threads: {arguments.threads} is too small; at least 1 is needed")
+    before = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads or before)
+    try:
+        with ranks_of_torchrun(device) as ranks:
+            return _train(arguments, trial, device, ranks)
+    except KeyboardInterrupt:
+        print("\nStopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train(arguments: argparse.Namespace, trial: Trial, device: str, ranks: Ranks) -> int:
+    text = None
+    if trial.task == "text":
+        text = read_text(arguments.text)
+        trial = dataclasses.replace(
+            trial, text=text.name, text_size=text.size, text_sha256=text.sha256
+        )
+    trainer = Trainer(trial, make_data(trial, text), device=device, ranks=ranks)
+    folder: Path = arguments.output
+    ensure_writable(folder)
+    trainer.run(folder / CHECKPOINT, checkpoint_seconds=arguments.checkpoint_seconds)
+    trainer.save(folder / CHECKPOINT)
+    if ranks.rank == 0:
+        save_with_memory(trainer.model, folder / MODEL)
+        figures = dataclasses.asdict(evaluate(trainer.model, trainer.data, device))
+        known = {name: value for name, value in figures.items() if not math.isnan(value)}
+        print("test set: " + ", ".join(f"{name} {value:.4g}" for name, value in known.items()))
+        print(folder / MODEL)
+    ranks.wait()
+    return 0

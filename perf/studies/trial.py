@@ -1,0 +1,336 @@
+"""One model of a study: what is trained, on what, and how; and the rows of the results."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+import pkm_triton as pkm
+from pkm_triton.perf.points import KEYS, require_choice
+from pkm_triton.transformer import Transformer
+
+from .tokens import check_tokens
+
+SCHEMA = 1
+"""Raised by one whenever a column is added, removed, or changes its meaning."""
+
+TASKS = ("text", "facts")
+NORMS = ("batch", "layer", "none")
+_NAN = math.nan
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The parameters of one training. Two trials with equal fields are the same trial.
+
+    Attributes:
+        task: `text` (a language model) or `facts` (keys and values to be recalled).
+        text, text_size, text_sha256: name, bytes and hash of the text; `facts` for facts.
+        tokens: `bytes`, or a byte-pair encoding as `bpe1024`; `symbols` for facts.
+        facts: how many facts there are; 0 for text.
+        layers, dim, attention_heads, context: of the transformer.
+        ffn_dim: hidden width of its FFNs.
+        norm: `pre` or `post`.
+        memory_layers: layers with a memory, counted from 1, as `5` or `6+12`; empty for none.
+        interleave: keep the FFN of those layers, and put the memory after it.
+        keys: `product` or `flat`.
+        num_subkeys: |C|; a memory has |C|² slots.
+        heads, top_k, query_dim, query_norm: of the memories.
+        batch: sequences a step.
+        steps: steps of training.
+        warmup: steps until the learning rates are at their highest.
+        lr, value_lr: highest learning rates, of memory values and of everything else.
+        clip: largest norm of the gradient.
+        sparse_grad: sparse gradients of the values, and Adam on the rows that were read.
+        eval_tokens: the most tokens of the test set to evaluate on.
+        seed: of parameters and of the order of the data.
+
+    Raises:
+        ValueError: a parameter is out of range.
+    """
+
+    task: str = "text"
+    text: str = ""
+    text_size: int = 0
+    text_sha256: str = ""
+    tokens: str = "bytes"
+    facts: int = 0
+    layers: int = 6
+    dim: int = 64
+    attention_heads: int = 4
+    context: int = 128
+    ffn_dim: int = 256
+    norm: str = "pre"
+    memory_layers: str = ""
+    interleave: bool = False
+    keys: str = "product"
+    num_subkeys: int = 128
+    heads: int = 4
+    top_k: int = 32
+    query_dim: int = 64
+    query_norm: str = "batch"
+    batch: int = 16
+    steps: int = 1000
+    warmup: int = 100
+    lr: float = 2.5e-4
+    value_lr: float = 1e-3
+    clip: float = 1.0
+    sparse_grad: bool = False
+    eval_tokens: int = 1 << 17
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_choice("task", self.task, TASKS)
+        require_choice("keys", self.keys, KEYS)
+        require_choice("query_norm", self.query_norm, NORMS)
+        require_choice("norm", self.norm, ("pre", "post"))
+        if self.task == "text":
+            check_tokens(self.tokens)
+        least = {"facts": int(self.task == "facts"), "seed": 0, "text_size": 0, "query_dim": 2}
+        for field in dataclasses.fields(Trial):
+            value = getattr(self, field.name)
+            if field.type is int and value < least.get(field.name, 1):
+                raise ValueError(
+                    f"{field.name}: {value} is too small; at least {least.get(field.name, 1)}"
+                )
+            if field.type is float and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{field.name}: {value} is not allowed; give a number above 0")
+        if self.query_dim % 2:
+            raise ValueError(f"query_dim: {self.query_dim} is odd; it is split into two halves")
+        if self.dim % self.attention_heads:
+            raise ValueError(
+                f"dim: {self.dim} is no multiple of the {self.attention_heads} attention_heads"
+            )
+        if self.num_slots >= 2**31 or self.top_k > self.num_slots:
+            raise ValueError(
+                f"num_subkeys: {self.num_subkeys} makes {self.num_slots} slots; at least top_k "
+                f"({self.top_k}) and less than 2^31 are allowed"
+            )
+        for number in self.memories:
+            if not 1 <= number <= self.layers:
+                raise ValueError(
+                    f"memory_layers: layer {number} does not exist; allowed: 1 to {self.layers}"
+                )
+        if len(set(self.memories)) < len(self.memories):
+            raise ValueError(f"memory_layers: {self.memory_layers!r} names a layer twice")
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of a memory."""
+        return self.num_subkeys**2
+
+    @property
+    def memories(self) -> tuple[int, ...]:
+        """Layers with a memory, counted from 1."""
+        try:
+            return tuple(int(number) for number in self.memory_layers.split("+") if number)
+        except ValueError:
+            raise ValueError(
+                f"memory_layers: {self.memory_layers!r} is not allowed; give numbers as 5 or 6+12"
+            ) from None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All parameters."""
+        return dataclasses.astuple(self)
+
+    @property
+    def name(self) -> str:
+        """A file name that no other trial has."""
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self)).encode()).hexdigest()
+        return f"{self.task}-{digest[:16]}"
+
+    def label(self) -> str:
+        """A short name for progress lines."""
+        memory = "no memory"
+        if self.memories:
+            norm = "" if self.query_norm == "batch" else f" norm={self.query_norm}"
+            memory = (
+                f"{self.keys} |C|={self.num_subkeys} H={self.heads} k={self.top_k}{norm} "
+                f"at {self.memory_layers}"
+            )
+        ffn = "" if self.ffn_dim == 4 * self.dim else f" ffn={self.ffn_dim}"
+        return f"{self.layers}x{self.dim}{ffn}, {memory}, seed {self.seed}"
+
+    def architecture(self) -> "Trial":
+        """The same model, with all that its speed does not depend on at the defaults."""
+        blank = {
+            field.name: field.default
+            for field in dataclasses.fields(Trial)
+            if field.name in _NOT_ARCHITECTURE
+        }
+        return dataclasses.replace(self, **blank)
+
+
+_NOT_ARCHITECTURE = (
+    "text",
+    "text_size",
+    "text_sha256",
+    "steps",
+    "warmup",
+    "lr",
+    "value_lr",
+    "clip",
+    "sparse_grad",
+    "eval_tokens",
+    "seed",
+)
+TRIAL_FIELDS = tuple(field.name for field in dataclasses.fields(Trial))
+
+
+@dataclass(frozen=True)
+class TrainedRow(Trial):
+    """A trial and what training it gave. The fields are the header of the CSV, in this order.
+
+    A figure that does not exist is NaN, an empty cell in the CSV. With several memories usage and
+    KL are their means.
+
+    Attributes:
+        loss: mean cross-entropy over the test set, nats a token; over the values for facts.
+        perplexity: exp(loss).
+        bits_per_byte: loss over the bytes that the tokens stand for.
+        recall: share of the facts of which every value token has the highest logit.
+        usage, kl: of the memories over the test set (paper 4.2).
+        reads_per_slot: reads of the evaluation over slots: usage is bounded by what was asked.
+        train_loss: mean loss of the last tenth of the steps.
+        train_tokens: tokens trained on.
+        parameters, memory_parameters: elements of all parameters, and of the memories'.
+        seconds: of training, on this machine with whatever else it did.
+        device_name: the processor or the GPU.
+    """
+
+    loss: float = _NAN
+    perplexity: float = _NAN
+    bits_per_byte: float = _NAN
+    recall: float = _NAN
+    usage: float = _NAN
+    kl: float = _NAN
+    reads_per_slot: float = _NAN
+    train_loss: float = _NAN
+    train_tokens: int = 0
+    parameters: int = 0
+    memory_parameters: int = 0
+    seconds: float = _NAN
+    device_name: str = ""
+    torch_version: str = ""
+    triton_version: str = ""
+    pkm_triton_version: str = ""
+    commit: str = ""
+    schema: int = SCHEMA
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes a row unique: its trial. The device decides speed only, not results."""
+        return self.trial.key
+
+    @property
+    def trial(self) -> Trial:
+        """The parameters, without the results."""
+        return Trial(**{name: getattr(self, name) for name in TRIAL_FIELDS})
+
+
+@dataclass(frozen=True)
+class TimedRow(Trial):
+    """An architecture and its speed at inference. The fields are the header of the CSV.
+
+    Attributes:
+        sequences: in one call; each is as long as the context.
+        threads: CPU threads.
+        device_name: the processor or the GPU.
+        vocab_size: tokens known.
+        median_ms, low_ms, high_ms: median, lowest and highest of the rounds' medians of one call.
+        rounds: how many rounds; in each every architecture of the study was timed once.
+        tokens_per_s: tokens / median.
+        parameters: elements of all parameters.
+    """
+
+    sequences: int = 1
+    threads: int = 1
+    device_name: str = ""
+    vocab_size: int = 0
+    median_ms: float = _NAN
+    low_ms: float = _NAN
+    high_ms: float = _NAN
+    rounds: int = 0
+    tokens_per_s: float = _NAN
+    parameters: int = 0
+    torch_version: str = ""
+    triton_version: str = ""
+    pkm_triton_version: str = ""
+    commit: str = ""
+    schema: int = SCHEMA
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes a row unique: its architecture, the call, and the device."""
+        return (*self.trial.key, self.sequences, self.threads, self.device_name, self.vocab_size)
+
+    @property
+    def trial(self) -> Trial:
+        """The architecture, without the results."""
+        return Trial(**{name: getattr(self, name) for name in TRIAL_FIELDS})
+
+
+def memory_maker(trial: Trial) -> Callable[[], nn.Module]:
+    """What makes a memory of the trial."""
+    kind = pkm.ProductKeyMemory if trial.keys == "product" else pkm.FlatKeyMemory
+    norm: Any = None if trial.query_norm == "none" else trial.query_norm
+    return lambda: kind(
+        trial.dim,
+        num_subkeys=trial.num_subkeys,
+        heads=trial.heads,
+        top_k=trial.top_k,
+        query_dim=trial.query_dim,
+        query_norm=norm,
+        sparse_grad=trial.sparse_grad,
+    )
+
+
+def build_model(trial: Trial, vocab_size: int, device: str = "cpu") -> Transformer:
+    """The transformer of a trial, its parameters drawn from torch's global generator."""
+    norm: Any = trial.norm
+    return Transformer(
+        vocab_size,
+        trial.dim,
+        trial.layers,
+        trial.attention_heads,
+        trial.context,
+        ffn_dim=trial.ffn_dim,
+        norm=norm,
+        memory_layers=trial.memories,
+        make_memory=memory_maker(trial),
+        interleave=trial.interleave,
+        device=device,
+    )
+
+
+def vocab_size_of(tokens: str) -> int:
+    """How many tokens an encoding knows, from its name."""
+    return int(tokens[3:]) if tokens.startswith("bpe") else 256
+
+
+def parse_settings(words: Iterable[str]) -> dict[str, Any]:
+    """`steps=500 dim=32` as fields of a trial.
+
+    Raises:
+        ValueError: a field is unknown, or a value is not of its type.
+    """
+    kinds = {field.name: field.type for field in dataclasses.fields(Trial)}
+    yes_no = {"yes": True, "no": False}
+    settings: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in kinds:
+            raise ValueError(
+                f"set: {word!r} is not allowed; give FIELD=VALUE, of {', '.join(kinds)}"
+            )
+        try:
+            settings[name] = yes_no[value] if kinds[name] is bool else kinds[name](value)  # pyright: ignore[reportCallIssue]
+        except (ValueError, KeyError):
+            raise ValueError(f"set: {value!r} is no value for {name}") from None
+    return settings
