@@ -131,7 +131,7 @@ PRESETS: dict[str, Preset] = {
     "small": Preset(
         text=_SMALL,
         facts=dataclasses.replace(
-            _SMALL, **_FACTS, facts=20_000, layers=2, memory_layers="2", batch=512, steps=2000
+            _SMALL, **_FACTS, facts=30_000, layers=2, memory_layers="2", batch=512, steps=1200
         ),
         sizes=(16, 32, 64, 128, 192, 256),
         flat_sizes=(16, 32, 64),
