@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import rows
 from .points import Point
+from .rows import RowFile as _RowFile
+from .rows import columns_of
+from .rows import read_rows as _read_rows
 
 SCHEMA = 1
 """Raised by one whenever a column is added, removed, or changes its meaning."""
@@ -74,7 +76,7 @@ class Row(Point):
 
 
 POINT_FIELDS = tuple(field.name for field in dataclasses.fields(Point))
-COLUMNS = rows.columns_of(Row)
+COLUMNS = columns_of(Row)
 
 
 def point_of(row: Row) -> Point:
@@ -88,10 +90,10 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: there is no such file, it is no sweep, or it is of another schema version.
     """
-    return rows.read_rows(path, Row)
+    return _read_rows(path, Row)
 
 
-class RowFile(rows.RowFile[Row]):
+class RowFile(_RowFile[Row]):
     """The rows of a sweep's CSV file (see `rows.RowFile`).
 
     Raises:
