@@ -148,7 +148,7 @@ class FactData:
             raise ValueError(f"facts: {trial.facts} is too many; there are {keys} keys")
         self.vocab_size = self.SYMBOLS
         generator = torch.Generator().manual_seed(trial.seed)
-        numbers = torch.randperm(keys, generator=generator)[: trial.facts]
+        numbers = _distinct(trial.facts, keys, generator)
         places = self.SYMBOLS ** torch.arange(self.KEY)
         key = numbers.unsqueeze(-1) // places % self.SYMBOLS
         shape = (trial.facts, self.VALUE)
@@ -174,6 +174,17 @@ class FactData:
     def num_bytes(self, targets: Tensor) -> int:
         """See `Data`."""
         return 0
+
+
+def _distinct(count: int, limit: int, generator: torch.Generator) -> Tensor:
+    """So many different numbers below `limit`, in random order, [count], int64."""
+    if count > limit // 4:
+        return torch.randperm(limit, generator=generator)[:count]
+    numbers = torch.empty(0, dtype=torch.int64)
+    while len(numbers) < count:  # a quarter of the draws at most is there already
+        more = torch.randint(limit, (2 * count,), generator=generator)
+        numbers = torch.cat([numbers, more]).unique()
+    return numbers[torch.randperm(len(numbers), generator=generator)[:count]]
 
 
 def make_data(trial: Trial, text: Text | None) -> Data:
