@@ -154,7 +154,7 @@ def _run(
             study.timed(preset, base),
             timed,
             vocab_size=vocab_size_of(base.tokens),
-            sequences=preset.sequences,
+            sequences=max(1, preset.timed_tokens // base.context),
             seconds=preset.seconds,
             rounds=preset.rounds,
             device=device,

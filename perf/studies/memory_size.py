@@ -36,10 +36,12 @@ def _sized(base: Trial, size: int, norm: str) -> Trial:
 
 
 def _without(base: Trial, preset: Preset) -> dict[str, Trial]:
-    """The same model without a memory, and with an FFN of the memory's time in its place."""
+    """The same model without a memory, and deeper ones."""
     none = without_memory(base)
-    wide = dataclasses.replace(none, layers=base.layers + preset.equal_time_layers)
-    return {"no memory": none, f"no memory, {wide.layers} layers": wide}
+    depths = [base.layers, *(base.layers + more for more in preset.deeper)]
+    return {
+        f"no memory, {layers} layers": dataclasses.replace(none, layers=layers) for layers in depths
+    }
 
 
 def without_memory(base: Trial) -> Trial:

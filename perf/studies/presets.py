@@ -18,15 +18,15 @@ class Preset:
         facts: the model of facts.
         sizes: |C| of `memory-size`, `keys` (product) and the speed of both.
         flat_sizes: |C| of flat keys that are trained; all sizes are timed.
-        equal_time_layers: layers that take the time of a memory at inference, less the FFN whose
-            place it takes: without a memory the model may have so many more at equal speed.
+        deeper: layers more, of models without a memory that `memory-size` puts beside those with
+            one: at equal speed a model without a memory may be deeper.
         heads, top_ks: the grid of `heads-topk`.
         most_reads: heads · k above which a pair is left out.
         depths: of `depth`: by width, by layers, the most memories.
         depth_size: |C| of its memories.
         fact_sizes: |C| of `facts`.
         fact_ffns: hidden widths of the FFN that `facts` compares the memory with.
-        sequences: in one timed call.
+        timed_tokens: in one timed call.
         seconds: time for each model in each timed round.
         rounds: timed rounds.
     """
@@ -35,7 +35,7 @@ class Preset:
     facts: Trial
     sizes: tuple[int, ...]
     flat_sizes: tuple[int, ...]
-    equal_time_layers: int
+    deeper: tuple[int, ...]
     heads: tuple[int, ...]
     top_ks: tuple[int, ...]
     most_reads: int
@@ -43,7 +43,7 @@ class Preset:
     depth_size: int
     fact_sizes: tuple[int, ...]
     fact_ffns: tuple[int, ...]
-    sequences: int
+    timed_tokens: int
     seconds: float
     rounds: int = 5
 
@@ -116,7 +116,7 @@ PRESETS: dict[str, Preset] = {
         facts=dataclasses.replace(_TINY, **_FACTS, facts=40, batch=8),
         sizes=(4, 8),
         flat_sizes=(4,),
-        equal_time_layers=1,
+        deeper=(1,),
         heads=(1, 2),
         top_ks=(2, 4),
         most_reads=8,
@@ -124,7 +124,7 @@ PRESETS: dict[str, Preset] = {
         depth_size=8,
         fact_sizes=(4, 8),
         fact_ffns=(64,),
-        sequences=2,
+        timed_tokens=32,
         seconds=0.001,
         rounds=2,
     ),
@@ -135,15 +135,15 @@ PRESETS: dict[str, Preset] = {
         ),
         sizes=(16, 32, 64, 128, 192, 256),
         flat_sizes=(16, 32, 64),
-        equal_time_layers=3,
+        deeper=(3, 6),
         heads=(1, 2, 4, 8),
         top_ks=(4, 8, 16, 32),
         most_reads=64,
-        depths={64: {4: 2, 6: 1, 8: 1}, 96: {4: 1, 6: 1}},
+        depths={64: {4: 2, 6: 2, 8: 1, 12: 0}, 96: {4: 1, 6: 1, 8: 0}},
         depth_size=128,
         fact_sizes=(16, 32, 64, 128, 256),
         fact_ffns=(256, 1024),
-        sequences=16,
+        timed_tokens=1024,
         seconds=1.0,
     ),
     "paper": Preset(
@@ -161,7 +161,7 @@ PRESETS: dict[str, Preset] = {
         ),
         sizes=PAPER_SIZES,
         flat_sizes=(128, 256, 384),
-        equal_time_layers=1,
+        deeper=(1, 2),
         heads=(1, 2, 4, 8),
         top_ks=(8, 16, 32, 64),
         most_reads=512,
@@ -169,7 +169,7 @@ PRESETS: dict[str, Preset] = {
         depth_size=512,
         fact_sizes=PAPER_SIZES,
         fact_ffns=(2048, 8192),
-        sequences=2,
+        timed_tokens=512,
         seconds=5.0,
         rounds=3,
     ),
