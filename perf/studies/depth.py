@@ -1,7 +1,9 @@
 """Depth against memory: perplexity and speed, the paper's Table 1 and Figure 4."""
 
 import dataclasses
+from collections.abc import Mapping
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pkm_triton.perf import paper
@@ -11,12 +13,14 @@ from pkm_triton.transformer import memory_layers
 
 from .memory_size import without_memory
 from .presets import Preset
-from .summary import Report, Results, about, published
-from .trial import Trial
+from .summary import Cell, Report, Results, about, published
+from .trial import TimedRow, Trial
 
 TITLE = "Depth against memory (the paper's Table 1 and Figure 4)"
-_COLOURS = (GREY, BLUE, ORANGE, PURPLE, SKY)
-_MARKERS = "so^Dv"
+_STYLES = ((GREY, "s"), (BLUE, "o"), (ORANGE, "^"), (PURPLE, "D"), (SKY, "v"))
+
+Key = tuple[int, int, int]
+"""Width, layers and memories of a model."""
 
 
 def _at(preset: Preset, base: Trial, dim: int, layers: int, memories: int) -> Trial:
@@ -25,13 +29,14 @@ def _at(preset: Preset, base: Trial, dim: int, layers: int, memories: int) -> Tr
         num_subkeys=preset.depth_size,
         dim=dim,
         ffn_dim=base.ffn_dim * dim // base.dim,
+        attention_heads=base.attention_heads * preset.depth_heads,
         layers=layers,
         memory_layers="+".join(map(str, memory_layers(layers, memories))),
     )
     return sized if memories else without_memory(sized)
 
 
-def _grid(preset: Preset, base: Trial) -> dict[tuple[int, int, int], Trial]:
+def _grid(preset: Preset, base: Trial) -> dict[Key, Trial]:
     return {
         (dim, layers, memories): _at(preset, base, dim, layers, memories)
         for dim, most in preset.depths.items()
@@ -57,39 +62,27 @@ def report(results: Results, preset: Preset, base: Trial) -> Report:
     speeds = {key: row for key, trial in grid.items() if (row := results.speed(trial))}
     if not cells and not speeds:
         return Report([], {})
-    most = max(count for counts in preset.depths.values() for count in counts.values())
-    header = ["", *(f"N = {memories}" for memories in range(most + 1))]
-    caption = about(results, base, "layers", "memory_layers")
-    sections = [caption]
-    for title, texts in (
-        ("Perplexity", {key: cell.text("perplexity", ".2f") for key, cell in cells.items()}),
-        (
+    caption = about(results, base, "layers", "memory_layers", "num_subkeys")
+    caption += f" Memories of {preset.depth_size}² slots."
+    sections = [
+        caption,
+        _table(preset, "Perplexity", {k: c.text("perplexity", ".2f") for k, c in cells.items()}),
+        _table(
+            preset,
             "Bits per byte",
-            {
-                key: cell.text("bits_per_byte", ".4f")
-                for key, cell in cells.items()
-                if cell.text("bits_per_byte", ".4f") != MISSING
-            },
+            {key: cell.text("bits_per_byte", ".4f") for key, cell in cells.items()},
         ),
-        (
+        _table(
+            preset,
             "Tokens a second at inference",
-            {key: f"{row.tokens_per_s:,.4g}" for key, row in speeds.items()},
+            {key: f"{row.tokens_per_s:,.5g}" for key, row in speeds.items()},
         ),
-        (
+        _table(
+            preset,
             "Parameters, millions",
-            {key: f"{row.parameters / 1e6:,.4g}" for key, row in speeds.items()},
+            {key: f"{row.parameters / 1e6:,.3f}" for key, row in speeds.items()},
         ),
-    ):
-        if texts:
-            lines = [
-                [
-                    f"{layers} layers, width {dim}",
-                    *(texts.get((dim, layers, memories), MISSING) for memories in range(most + 1)),
-                ]
-                for dim, counts in preset.depths.items()
-                for layers in counts
-            ]
-            sections.append(markdown([title, *header[1:]], lines))
+    ]
     lines = [
         published(f"{layers} layers, width {dim}", (*row, *[None] * (4 - len(row))), ".1f")
         for dim, rows in paper.TABLE_1.items()
@@ -100,46 +93,90 @@ def report(results: Results, preset: Preset, base: Trial) -> Report:
         markdown(["Perplexity", "N = 0", "N = 1", "N = 2", "N = 3"], lines),
     ]
     figures = {}
-    if cells and speeds:
-        figures["depth"] = _figure(results, preset, grid, caption)
-    return Report(sections, figures)
+    perplexities = {key: cell.mean("perplexity") for key, cell in cells.items()} or _published()
+    if speeds and perplexities.keys() & speeds.keys():
+        figures["depth"] = _figure(preset, perplexities, cells, speeds, caption)
+    return Report([each for each in sections if each], figures)
+
+
+def _table(preset: Preset, title: str, texts: Mapping[Key, str]) -> str:
+    if not texts:
+        return ""
+    most = max(count for counts in preset.depths.values() for count in counts.values())
+    lines = [
+        [
+            f"{layers} layers, width {dim}",
+            *(texts.get((dim, layers, memories), MISSING) for memories in range(most + 1)),
+        ]
+        for dim, counts in preset.depths.items()
+        for layers in counts
+    ]
+    return markdown([title, *(f"N = {memories}" for memories in range(most + 1))], lines)
+
+
+def _published() -> dict[Key, float]:
+    return {
+        (dim, layers, memories): perplexity
+        for dim, rows in paper.TABLE_1.items()
+        for layers, row in rows.items()
+        for memories, perplexity in enumerate(row)
+    }
 
 
 def _figure(
-    results: Results, preset: Preset, grid: dict[tuple[int, int, int], Trial], caption: str
+    preset: Preset,
+    perplexities: Mapping[Key, float],
+    cells: Mapping[Key, Cell],
+    speeds: Mapping[Key, TimedRow],
+    caption: str,
 ) -> Figure:
-    figure, axes = new_figure(len(preset.depths), width=6.5 * len(preset.depths), height=5)
+    figure, axes = new_figure(len(preset.depths), width=6 * len(preset.depths), height=5.2)
     for axis, (dim, counts) in zip(axes, preset.depths.items(), strict=True):
         for memories in range(max(counts.values()) + 1):
-            points = []
-            for layers in counts:
-                trial = grid.get((dim, layers, memories))
-                cell = results.cell(trial) if trial else None
-                row = results.speed(trial) if trial else None
-                if cell and row:
-                    points.append((row.tokens_per_s, cell, layers))
-            if not points:
-                continue
-            colour = _COLOURS[memories % 5]
-            label = f"{memories} memor{'y' if memories == 1 else 'ies'}"
-            xs = [speed for speed, *_ in points]
-            ys = [cell.mean("perplexity") for _, cell, _ in points]
-            axis.plot(xs, ys, color=colour, marker=_MARKERS[memories % 5], label=label)
-            for x, y, (_, cell, layers) in zip(xs, ys, points, strict=True):
-                low, high = cell.ends("perplexity")
-                axis.plot([x, x], [low, high], color=colour, linewidth=1)
-                axis.annotate(
-                    str(layers), (x, y), textcoords="offset points", xytext=(5, 5), fontsize=9
-                )
+            keys = [(dim, layers, memories) for layers in counts]
+            _line(axis, [key for key in keys if key in perplexities and key in speeds],
+                  perplexities, cells, speeds)  # fmt: skip
         axis.set_xlabel("tokens per second at inference")
-        axis.set_ylabel("test perplexity")
+        axis.set_ylabel("test perplexity" if cells else "test perplexity, the paper's")
         axis.set_title(f"Width {dim}", fontsize=11)
         axis.legend(fontsize=8, frameon=False)
-    rows = [row for trial in grid.values() if (row := results.speed(trial))]
+        axis.margins(0.12)
+    row = next(iter(speeds.values()))
+    notes = ["Labels: layers. The nearer to the lower right, the better.", caption]
+    if not cells:
+        notes[1] = "Perplexities are the paper's (Table 1), only the speed was measured here."
     add_caption(
         figure,
-        "Labels: layers. The nearer to the lower right, the better. " + caption,
-        f"Speed: {rows[0].device_name}, {rows[0].threads} threads, {rows[0].sequences} sequences "
-        "in a call.",
+        " ".join(notes),
+        f"Speed: {row.device_name}, {row.threads} thread{'s' * (row.threads > 1)}, "
+        f"{row.sequences * row.context} tokens in a call, random weights.",
     )
     return figure
+
+
+def _line(
+    axis: Axes,
+    keys: list[Key],
+    perplexities: Mapping[Key, float],
+    cells: Mapping[Key, Cell],
+    speeds: Mapping[Key, TimedRow],
+) -> None:
+    """The models of one width and number of memories, from shallow to deep."""
+    if not keys:
+        return
+    memories = keys[0][2]
+    colour, marker = _STYLES[memories % len(_STYLES)]
+    label = {0: "no memory", 1: "1 memory"}.get(memories, f"{memories} memories")
+    xs = [speeds[key].tokens_per_s for key in keys]
+    axis.plot(xs, [perplexities[key] for key in keys], color=colour, marker=marker, label=label)
+    for x, key in zip(xs, keys, strict=True):
+        if key in cells:
+            axis.plot([x, x], cells[key].ends("perplexity"), color=colour, linewidth=1)
+        axis.annotate(
+            str(key[1]),
+            (x, perplexities[key]),
+            textcoords="offset points",
+            xytext=(6, 5),
+            fontsize=9,
+            color=colour,
+        )

@@ -24,6 +24,7 @@ class Preset:
         most_reads: heads · k above which a pair is left out.
         depths: of `depth`: by width, by layers, the most memories.
         depth_size: |C| of its memories.
+        depth_heads: how many times as many attention heads its models have.
         fact_sizes: |C| of `facts`.
         fact_ffns: hidden widths of the FFN that `facts` compares the memory with.
         timed_tokens: in one timed call.
@@ -41,6 +42,7 @@ class Preset:
     most_reads: int
     depths: Mapping[int, Mapping[int, int]]
     depth_size: int
+    depth_heads: int
     fact_sizes: tuple[int, ...]
     fact_ffns: tuple[int, ...]
     timed_tokens: int
@@ -122,6 +124,7 @@ PRESETS: dict[str, Preset] = {
         most_reads=8,
         depths={16: {2: 1, 3: 0}},
         depth_size=8,
+        depth_heads=1,
         fact_sizes=(4, 8),
         fact_ffns=(64,),
         timed_tokens=32,
@@ -141,8 +144,9 @@ PRESETS: dict[str, Preset] = {
         most_reads=64,
         depths={64: {4: 2, 6: 2, 8: 1, 12: 0}, 96: {4: 1, 6: 1, 8: 0}},
         depth_size=128,
+        depth_heads=1,
         fact_sizes=(16, 32, 64, 128, 256),
-        fact_ffns=(256, 1024),
+        fact_ffns=(256, 1024, 2048),
         timed_tokens=1024,
         seconds=1.0,
     ),
@@ -167,10 +171,11 @@ PRESETS: dict[str, Preset] = {
         most_reads=512,
         depths={1024: {12: 3, 16: 2, 24: 1}, 1600: {12: 1, 16: 1, 24: 0}},
         depth_size=512,
+        depth_heads=2,  # 16, the paper's
         fact_sizes=PAPER_SIZES,
         fact_ffns=(2048, 8192),
-        timed_tokens=512,
-        seconds=5.0,
+        timed_tokens=256,
+        seconds=1.0,
         rounds=3,
     ),
 }

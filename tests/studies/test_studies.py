@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import os
 import re
 import signal
@@ -202,10 +203,28 @@ def test_an_unwritable_folder_and_another_version_are_said_before_training(
     assert "schema version 99" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_one_clear_line_and_no_row_is_lost(source, tmp_path, capsys, monkeypatch):
+    arguments = ["study", "keys", *TINY, "--text", str(source), "--stages", "train"]
+    arguments += ["--output", str(tmp_path)]
+    assert main([*arguments, "--seeds", "0"]) == 0
+    path = tmp_path / "keys" / TRAINED_CSV
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    capsys.readouterr()
+    monkeypatch.setattr(os, "fsync", full)
+    assert main([*arguments, "--seeds", "0", "1"]) == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "pkm-perf" in line]
+    assert error == f"pkm-perf: [Errno 28] No space left on device: {str(path)!r}"
+    assert path.read_bytes() == before
+
+
 @pytest.mark.slow
 def test_a_killed_study_goes_on_to_the_same_figures(source, tmp_path):
     run = [sys.executable, "-m", "pkm_triton.perf", "study", "keys", *TINY]
-    run += ["--text", str(source), "--stages", "train", "--set", "steps=150", "--output"]
+    run += ["--text", str(source), "--stages", "train", "--set", "steps=60", "--output"]
     subprocess.run([*run, str(tmp_path / "whole")], check=True, capture_output=True)
     whole = read_rows(tmp_path / "whole" / "keys" / TRAINED_CSV, TrainedRow)
     path = tmp_path / "cut" / "keys" / TRAINED_CSV
