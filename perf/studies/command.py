@@ -30,12 +30,12 @@ from .trial import TimedRow, TrainedRow, Trial, parse_settings, vocab_size_of
 TIMED_CSV = "timed.csv"
 STAGES = ("train", "time", "report")
 STUDIES: dict[str, Study] = {
-    "memory-size": memory_size,  # pyright: ignore[reportAssignmentType]
-    "position": position,  # pyright: ignore[reportAssignmentType]
-    "heads-topk": heads_topk,  # pyright: ignore[reportAssignmentType]
-    "keys": keys,  # pyright: ignore[reportAssignmentType]
-    "depth": depth,  # pyright: ignore[reportAssignmentType]
-    "facts": facts,  # pyright: ignore[reportAssignmentType]
+    "memory-size": memory_size,
+    "position": position,
+    "heads-topk": heads_topk,
+    "keys": keys,
+    "depth": depth,
+    "facts": facts,
 }
 
 
@@ -188,22 +188,22 @@ def write_report(
 
 
 def _machine(results: Results) -> str:
+    """What was run where, on what."""
     parts = []
     if results.trained:
         row = results.trained[-1]
         parts.append(
             f"Trained on {row.device_name}; torch {row.torch_version}, pkm_triton "
-            f"{row.pkm_triton_version}. Text: {row.text}, sha256 {row.text_sha256[:16]}…"
-            if row.text_sha256
-            else f"Trained on {row.device_name}; torch {row.torch_version}, pkm_triton "
             f"{row.pkm_triton_version}."
         )
+        if row.text_sha256:
+            parts.append(f"Text: {row.text}, {row.text_size:,} bytes, sha256 {row.text_sha256}.")
     if results.timed:
         row = results.timed[-1]
         parts.append(
             f"Timed on {row.device_name}, {row.threads} thread{'s' * (row.threads > 1)}, "
-            f"{row.sequences} sequences of {row.context} tokens in a call, random weights; median "
-            f"of {row.rounds} interleaved rounds."
+            f"{row.sequences * row.context:,} tokens in a call, random weights; median of "
+            f"{row.rounds} interleaved rounds."
         )
     return " ".join(parts)
 

@@ -26,7 +26,10 @@ class Report:
 class Study(Protocol):
     """A module of one study."""
 
-    TITLE: str
+    @property
+    def TITLE(self) -> str:
+        """What is studied, and which table or figure of the paper that is."""
+        ...
 
     def trials(self, preset: Preset, base: Trial) -> list[Trial]:
         """What is trained, for one seed; `base` is the preset's, with the text and the seed."""

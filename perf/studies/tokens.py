@@ -57,8 +57,8 @@ class BytePairs:
             import tokenizers
         except ImportError as error:
             raise ValueError(
-                f"tokens: 'bpe{vocab_size}' needs the package tokenizers (pip install tokenizers); "
-                "'bytes' needs none"
+                f"tokens: 'bpe{vocab_size}' needs the package tokenizers "
+                "(pip install 'pkm-triton[studies]'); 'bytes' needs none"
             ) from error
         self.name = f"bpe{vocab_size}"
         self.vocab_size = vocab_size
