@@ -50,9 +50,13 @@ class _Order:
 
     def indices(self, step: int, rank: int, ranks: int) -> Tensor:
         """Numbers of the examples of a step, [batch / ranks], int64."""
-        places = range(step * self._batch, (step + 1) * self._batch)
-        chosen = [self._epoch(place // self._count)[place % self._count] for place in places]
-        return torch.stack(chosen)[rank::ranks]
+        places = torch.arange(step * self._batch, (step + 1) * self._batch)
+        epochs = places // self._count
+        chosen = [
+            self._epoch(epoch)[places[epochs == epoch] % self._count]
+            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
+        ]
+        return torch.cat(chosen)[rank::ranks]
 
 
 class TextData:

@@ -9,7 +9,6 @@ from pkm_triton.perf import paper
 from pkm_triton.perf.plot_style import (
     BLUE,
     GREEN,
-    GREY,
     ORANGE,
     PURPLE,
     SKY,
@@ -140,7 +139,6 @@ def _figure(cells: dict[tuple[int, int], Cell | None], preset: Preset, caption: 
     for axis in (axes[0], axes[2]):
         axis.set_ylabel("memory usage, %")
     axes[1].set_ylabel("test perplexity")
-    axes[2].axvline(64, color=GREY, linewidth=0.8, linestyle=":")
     axes[0].set_title("Usage", fontsize=11)
     axes[1].set_title("Perplexity", fontsize=11)
     axes[2].set_title("Usage against heads · k", fontsize=11)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -152,7 +152,7 @@ def draw(
     )
 
 
-def describe(base: Trial, *varied: str, shown: Mapping[str, Callable[[Trial], str]] = {}) -> str:
+def describe(base: Trial, *varied: str) -> str:
     """The parameters that all trials of a table share, in words."""
     words = {
         "layers": f"{base.layers} layers of width {base.dim}",
