@@ -21,11 +21,12 @@ from pkm_triton.perf.rows import RowFile
 from . import depth, facts, heads_topk, keys, memory_size, position
 from .presets import PRESETS, Preset
 from .ranks import Ranks, ranks_of_torchrun
+from .records import TimedRow, TrainedRow
 from .runner import TRAINED_CSV, train_trials
 from .summary import Results, Study
 from .text import SOURCES, Text, read_text
 from .timing import time_models
-from .trial import TimedRow, TrainedRow, Trial, parse_settings, vocab_size_of
+from .trial import Trial, parse_settings, vocab_size_of
 
 TIMED_CSV = "timed.csv"
 STAGES = ("train", "time", "report")

@@ -11,10 +11,10 @@ from pkm_triton.perf.plot_style import BLUE, GREY, ORANGE, PURPLE, SKY, add_capt
 from pkm_triton.perf.table import MISSING, markdown
 from pkm_triton.transformer import memory_layers
 
-from .memory_size import without_memory
 from .presets import Preset
+from .records import TimedRow
 from .summary import Cell, Report, Results, about, published
-from .trial import TimedRow, Trial
+from .trial import Trial
 
 TITLE = "Depth against memory (the paper's Table 1 and Figure 4)"
 _STYLES = ((GREY, "s"), (BLUE, "o"), (ORANGE, "^"), (PURPLE, "D"), (SKY, "v"))
@@ -33,7 +33,7 @@ def _at(preset: Preset, base: Trial, dim: int, layers: int, memories: int) -> Tr
         layers=layers,
         memory_layers="+".join(map(str, memory_layers(layers, memories))),
     )
-    return sized if memories else without_memory(sized)
+    return sized if memories else sized.without_memory()
 
 
 def _grid(preset: Preset, base: Trial) -> dict[Key, Trial]:

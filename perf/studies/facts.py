@@ -16,10 +16,10 @@ from pkm_triton.perf.plot_style import (
 )
 from pkm_triton.perf.table import MISSING, markdown
 
-from .memory_size import without_memory
 from .presets import Preset
+from .records import TimedRow
 from .summary import Cell, Report, Results, about, draw
-from .trial import TimedRow, Trial
+from .trial import Trial
 
 TITLE = "Facts: capacity against memory size"
 
@@ -29,7 +29,7 @@ def _sized(base: Trial, size: int) -> Trial:
 
 
 def _ffn(base: Trial, width: int) -> Trial:
-    return dataclasses.replace(without_memory(base), ffn_dim=width)
+    return dataclasses.replace(base.without_memory(), ffn_dim=width)
 
 
 def trials(preset: Preset, base: Trial) -> list[Trial]:

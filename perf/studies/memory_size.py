@@ -37,28 +37,11 @@ def _sized(base: Trial, size: int, norm: str) -> Trial:
 
 def _without(base: Trial, preset: Preset) -> dict[str, Trial]:
     """The same model without a memory, and deeper ones."""
-    none = without_memory(base)
+    none = base.without_memory()
     depths = [base.layers, *(base.layers + more for more in preset.deeper)]
     return {
         f"no memory, {layers} layers": dataclasses.replace(none, layers=layers) for layers in depths
     }
-
-
-def without_memory(base: Trial) -> Trial:
-    """The same model with its FFN in every layer; fields of the memory at their defaults."""
-    blank = Trial()
-    return dataclasses.replace(
-        base,
-        memory_layers="",
-        interleave=False,
-        sparse_grad=False,
-        keys=blank.keys,
-        num_subkeys=blank.num_subkeys,
-        heads=blank.heads,
-        top_k=blank.top_k,
-        query_dim=blank.query_dim,
-        query_norm=blank.query_norm,
-    )
 
 
 def trials(preset: Preset, base: Trial) -> list[Trial]:
@@ -140,7 +123,7 @@ def _figure(results: Results, preset: Preset, base: Trial, caption: str) -> Figu
             axis.set_xlabel("memory size, slots")
             if name == "usage":
                 axis.set_ylim(0, 105)
-    none = results.cell(without_memory(base))
+    none = results.cell(base.without_memory())
     if none is not None:
         style = {"color": GREY, "linestyle": "--", "linewidth": 1.2, "label": "no memory"}
         axes[1].axhline(none.mean("perplexity"), **style)

@@ -9,7 +9,6 @@ from pkm_triton.perf import paper
 from pkm_triton.perf.plot_style import BLUE, GREY, add_caption, new_figure
 from pkm_triton.perf.table import markdown
 
-from .memory_size import without_memory
 from .presets import Preset
 from .summary import Report, Results, about, draw, line, published
 from .trial import Trial
@@ -27,7 +26,7 @@ def _positions(base: Trial) -> list[Trial]:
 
 def trials(preset: Preset, base: Trial) -> list[Trial]:
     """A memory in each layer in turn, and no memory."""
-    return [*_positions(base), without_memory(base)]
+    return [*_positions(base), base.without_memory()]
 
 
 def timed(preset: Preset, base: Trial) -> list[Trial]:
@@ -50,7 +49,7 @@ def report(results: Results, preset: Preset, base: Trial) -> Report:
         for name, (spec, scale) in _FIGURES.items()
     ]
     theirs = markdown(["position", *(str(number) for number in range(1, 7))], lines)
-    none = results.cell(without_memory(base))
+    none = results.cell(base.without_memory())
     caption = about(results, base, "memory_layers")
     sections = [caption, ours]
     if none is not None:
@@ -77,7 +76,7 @@ def _figure(results: Results, base: Trial, caption: str) -> Figure:
         if target is not axis:
             target.set_ylabel("perplexity, the paper", color=GREY)
             target.spines[["top"]].set_visible(False)
-    none = results.cell(without_memory(base))
+    none = results.cell(base.without_memory())
     if none is not None:
         axes[0].axhline(none.mean("perplexity"), color=BLUE, linestyle=":", label="here, no memory")
     axes[1].set_ylim(0, 105)

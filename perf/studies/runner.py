@@ -11,9 +11,10 @@ from pkm_triton.perf.rows import RowFile, read_rows
 from .data import make_data
 from .evaluation import evaluate
 from .ranks import Ranks
+from .records import TrainedRow
 from .text import Text
 from .training import Trainer
-from .trial import TrainedRow, Trial
+from .trial import Trial
 
 TRAINED_CSV = "trained.csv"
 

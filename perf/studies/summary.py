@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from pkm_triton.perf.table import MISSING
 
 from .presets import Preset
-from .trial import TimedRow, TrainedRow, Trial
+from .records import TimedRow, TrainedRow
+from .trial import Trial
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from pkm_triton.perf.memory import available_bytes
 from pkm_triton.perf.rows import RowFile
 from pkm_triton.perf.workload import Pass
 
+from .records import TimedRow
 from .training import mixed_precision
-from .trial import TimedRow, Trial, build_model
+from .trial import Trial, build_model
 
 ROUNDS = 5
 

@@ -1,4 +1,4 @@
-"""One model of a study: what is trained, on what, and how; and the rows of the results."""
+"""One model of a study: what is trained, on what, and how."""
 
 import dataclasses
 import hashlib
@@ -16,12 +16,8 @@ from pkm_triton.transformer import Transformer
 
 from .tokens import check_tokens
 
-SCHEMA = 1
-"""Raised by one whenever a column is added, removed, or changes its meaning."""
-
 TASKS = ("text", "facts")
 NORMS = ("batch", "layer", "none")
-_NAN = math.nan
 
 
 @dataclass(frozen=True)
@@ -157,16 +153,30 @@ class Trial:
         ffn = "" if self.ffn_dim == 4 * self.dim else f" ffn={self.ffn_dim}"
         return f"{self.layers}x{self.dim}{ffn}, {memory}, seed {self.seed}"
 
+    def without_memory(self) -> "Trial":
+        """The same model with its FFN in every layer; fields of the memory at their defaults."""
+        return self._reset(_MEMORY)
+
     def architecture(self) -> "Trial":
         """The same model, with all that its speed does not depend on at the defaults."""
-        blank = {
-            field.name: field.default
-            for field in dataclasses.fields(Trial)
-            if field.name in _NOT_ARCHITECTURE
-        }
-        return dataclasses.replace(self, **blank)
+        return self._reset(_NOT_ARCHITECTURE)
+
+    def _reset(self, names: tuple[str, ...]) -> "Trial":
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: defaults[name] for name in names})
 
 
+_MEMORY = (
+    "memory_layers",
+    "interleave",
+    "sparse_grad",
+    "keys",
+    "num_subkeys",
+    "heads",
+    "top_k",
+    "query_dim",
+    "query_norm",
+)
 _NOT_ARCHITECTURE = (
     "text",
     "text_size",
@@ -180,100 +190,6 @@ _NOT_ARCHITECTURE = (
     "eval_tokens",
     "seed",
 )
-TRIAL_FIELDS = tuple(field.name for field in dataclasses.fields(Trial))
-
-
-@dataclass(frozen=True)
-class TrainedRow(Trial):
-    """A trial and what training it gave. The fields are the header of the CSV, in this order.
-
-    A figure that does not exist is NaN, an empty cell in the CSV. With several memories usage and
-    KL are their means.
-
-    Attributes:
-        loss: mean cross-entropy over the test set, nats a token; over the values for facts.
-        perplexity: exp(loss).
-        bits_per_byte: loss over the bytes that the tokens stand for.
-        recall: share of the facts of which every value token has the highest logit.
-        usage, kl: of the memories over the test set (paper 4.2).
-        reads_per_slot: reads of the evaluation over slots: usage is bounded by what was asked.
-        train_loss: mean loss of the last tenth of the steps.
-        train_tokens: tokens trained on.
-        parameters, memory_parameters: elements of all parameters, and of the memories'.
-        seconds: of training, on this machine with whatever else it did.
-        device_name: the processor or the GPU.
-    """
-
-    loss: float = _NAN
-    perplexity: float = _NAN
-    bits_per_byte: float = _NAN
-    recall: float = _NAN
-    usage: float = _NAN
-    kl: float = _NAN
-    reads_per_slot: float = _NAN
-    train_loss: float = _NAN
-    train_tokens: int = 0
-    parameters: int = 0
-    memory_parameters: int = 0
-    seconds: float = _NAN
-    device_name: str = ""
-    torch_version: str = ""
-    triton_version: str = ""
-    pkm_triton_version: str = ""
-    commit: str = ""
-    schema: int = SCHEMA
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What makes a row unique: its trial. The device decides speed only, not results."""
-        return self.trial.key
-
-    @property
-    def trial(self) -> Trial:
-        """The parameters, without the results."""
-        return Trial(**{name: getattr(self, name) for name in TRIAL_FIELDS})
-
-
-@dataclass(frozen=True)
-class TimedRow(Trial):
-    """An architecture and its speed at inference. The fields are the header of the CSV.
-
-    Attributes:
-        sequences: in one call; each is as long as the context.
-        threads: CPU threads.
-        device_name: the processor or the GPU.
-        vocab_size: tokens known.
-        median_ms, low_ms, high_ms: median, lowest and highest of the rounds' medians of one call.
-        rounds: how many rounds; in each every architecture of the study was timed once.
-        tokens_per_s: tokens / median.
-        parameters: elements of all parameters.
-    """
-
-    sequences: int = 1
-    threads: int = 1
-    device_name: str = ""
-    vocab_size: int = 0
-    median_ms: float = _NAN
-    low_ms: float = _NAN
-    high_ms: float = _NAN
-    rounds: int = 0
-    tokens_per_s: float = _NAN
-    parameters: int = 0
-    torch_version: str = ""
-    triton_version: str = ""
-    pkm_triton_version: str = ""
-    commit: str = ""
-    schema: int = SCHEMA
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What makes a row unique: its architecture, the call, and the device."""
-        return (*self.trial.key, self.sequences, self.threads, self.device_name, self.vocab_size)
-
-    @property
-    def trial(self) -> Trial:
-        """The architecture, without the results."""
-        return Trial(**{name: getattr(self, name) for name in TRIAL_FIELDS})
 
 
 def memory_maker(trial: Trial) -> Callable[[], nn.Module]:

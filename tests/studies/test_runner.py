@@ -7,9 +7,10 @@ import pytest
 
 from pkm_triton.perf.rows import RowFile, read_rows
 from pkm_triton.perf.studies import runner
+from pkm_triton.perf.studies.records import TrainedRow
 from pkm_triton.perf.studies.runner import TRAINED_CSV, train_trials
 from pkm_triton.perf.studies.training import Trainer
-from pkm_triton.perf.studies.trial import TrainedRow, Trial, parse_settings, vocab_size_of
+from pkm_triton.perf.studies.trial import Trial, parse_settings, vocab_size_of
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from pkm_triton.perf.rows import RowFile, read_rows
 from pkm_triton.perf.studies import command
 from pkm_triton.perf.studies.command import STUDIES, write_report
 from pkm_triton.perf.studies.presets import PRESETS
+from pkm_triton.perf.studies.records import TimedRow, TrainedRow
 from pkm_triton.perf.studies.runner import TRAINED_CSV
 from pkm_triton.perf.studies.summary import Cell, Results
-from pkm_triton.perf.studies.trial import TimedRow, TrainedRow
 
 
 @pytest.fixture
