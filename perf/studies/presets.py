@@ -137,7 +137,7 @@ PRESETS: dict[str, Preset] = {
             _SMALL, **_FACTS, facts=30_000, layers=2, memory_layers="2", batch=512, steps=1200
         ),
         sizes=(16, 32, 64, 128, 192, 256),
-        flat_sizes=(16, 32, 64),
+        flat_sizes=(16, 32, 64, 128),
         deeper=(3, 6),
         heads=(1, 2, 4, 8),
         top_ks=(4, 8, 16, 32),
