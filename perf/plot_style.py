@@ -35,7 +35,8 @@ PART_COLOURS = {"query": SKY, "lookup": ORANGE, "gather": BLUE}
 
 def slots_label(num_slots: int) -> str:
     """16384 -> `16k`: a memory size, as the paper writes it where it is one of the paper's."""
-    return paper.MEMORY_SIZE_LABELS.get(num_slots) or count_label(num_slots)
+    label = paper.MEMORY_SIZE_LABELS.get(num_slots)
+    return label or count_label(round(num_slots, -3) if num_slots > 1e3 else num_slots)
 
 
 def count_label(value: float) -> str:

@@ -75,7 +75,7 @@ def report(results: Results, preset: Preset, base: Trial) -> Report:
         _table(
             preset,
             "Tokens a second at inference",
-            {key: f"{row.tokens_per_s:,.5g}" for key, row in speeds.items()},
+            {key: f"{row.tokens_per_s:,.0f}" for key, row in speeds.items()},
         ),
         _table(
             preset,
@@ -144,7 +144,7 @@ def _figure(
     row = next(iter(speeds.values()))
     notes = ["Labels: layers. The nearer to the lower right, the better.", caption]
     if not cells:
-        notes[1] = "Perplexities are the paper's (Table 1), only the speed was measured here."
+        notes[1] = f"Perplexities are the paper's (Table 1). {caption}"
     add_caption(
         figure,
         " ".join(notes),

@@ -81,7 +81,7 @@ def report(results: Results, preset: Preset, base: Trial) -> Report:
 
 
 def _figure(results: Results, preset: Preset, base: Trial, caption: str) -> Figure:
-    figure, axes = new_figure(4, width=15, height=4.4)
+    figure, axes = new_figure(2, width=9.5, height=7.6, rows=2)
     slots = [size**2 for size in preset.sizes]
     for keys, style in _STYLE.items():
         cells = [results.cell(_sized(base, size, keys)) for size in preset.sizes]

@@ -15,7 +15,7 @@ from pkm_triton.perf.plot_style import (
     plain_log_axis,
     slots_label,
 )
-from pkm_triton.perf.table import markdown
+from pkm_triton.perf.table import MISSING, markdown
 
 from .presets import Preset
 from .summary import Report, Results, about, draw, line, published
@@ -57,53 +57,57 @@ def timed(preset: Preset, base: Trial) -> list[Trial]:
 
 
 def report(results: Results, preset: Preset, base: Trial) -> Report:
-    """Table 2 and Figure 5."""
+    """Table 2 and Figure 5, and perplexity beside speed."""
+    caption = about(results, base, "num_subkeys")
+    ours, speeds = _table(results, preset, base), _speeds(results, preset, base)
+    if not ours and not speeds:
+        return Report([], {})
+    note = f"The paper's own; without a memory its model has {paper.NO_MEMORY_PERPLEXITY}:"
+    sections = [each for each in (caption, ours, speeds, note, _published()) if each]
+    figures = {"memory_size": _figure(results, preset, base, caption)} if ours else {}
+    return Report(sections, figures)
+
+
+def _table(results: Results, preset: Preset, base: Trial) -> str:
     cells = {
         norm: [results.cell(_sized(base, size, norm)) for size in preset.sizes] for norm in _NORMS
     }
     if not any(cell for row in cells.values() for cell in row):
-        return Report([], {})
+        return ""
     lines = [["\\|C\\|", *map(str, preset.sizes)]]
     for name, (spec, scale) in _FIGURES.items():
         for norm, words in _NORMS.items():
             lines.append(line(f"{_NAMES[name]}, {words}", cells[norm], name, spec, scale))
     lines.append(line("bits per byte, batch norm", cells["batch"], "bits_per_byte", ".4f"))
     lines.append(line("reads of the test set a slot", cells["batch"], "reads_per_slot", ",.0f"))
-    ours = markdown(["memory size", *(slots_label(size**2) for size in preset.sizes)], lines)
-    rates = [results.speed(_sized(base, size, "batch")) for size in preset.sizes]
+    return markdown(["memory size", *(slots_label(size**2) for size in preset.sizes)], lines)
+
+
+def _speeds(results: Results, preset: Preset, base: Trial) -> str:
+    models = _without(base, preset)
+    for size in preset.sizes:
+        models[f"memory of {slots_label(size**2)}, batch norm"] = _sized(base, size, "batch")
     lines = []
-    for name, trial in _without(base, preset).items():
+    for name, trial in models.items():
         cell, rate = results.cell(trial), results.speed(trial)
-        lines.append(
-            [
-                name,
-                cell.text("perplexity", ".2f") if cell else "–",
-                f"{rate.tokens_per_s:,.0f}" if rate else "–",
-            ]
-        )
-    for size, cell, rate in zip(preset.sizes, cells["batch"], rates, strict=True):
-        lines.append(
-            [
-                f"memory of {slots_label(size**2)}, batch norm",
-                cell.text("perplexity", ".2f") if cell else "–",
-                f"{rate.tokens_per_s:,.0f}" if rate else "–",
-            ]
-        )
-    speeds = markdown(["model", "perplexity", "tokens/s at inference"], lines)
+        perplexity = cell.text("perplexity", ".2f") if cell else MISSING
+        lines.append([name, perplexity, f"{rate.tokens_per_s:,.0f}" if rate else MISSING])
+    if all(text == MISSING for texts in lines for text in texts[1:]):
+        return ""
+    return markdown(["model", "perplexity", "tokens/s at inference"], lines)
+
+
+def _published() -> str:
     lines = [["\\|C\\|", *map(str, paper.TABLE_2_NUM_SUBKEYS)]]
     for name, (spec, scale) in _FIGURES.items():
         spec = ".1f" if name == "perplexity" else spec
         for norm, words in _NORMS.items():
             values = paper.TABLE_2[norm][name]
             lines.append(published(f"{_NAMES[name]}, {words}", values, spec, scale))
+    words = paper.TABLE_4_WORDS_PER_S["product"]
+    lines.append(published("words/s at inference, batch norm", words, ",.0f"))
     sizes = [slots_label(size**2) for size in paper.TABLE_2_NUM_SUBKEYS]
-    theirs = markdown(["memory size", *sizes], lines)
-    caption = about(results, base, "num_subkeys")
-    note = f"The paper's own; without a memory its model has {paper.NO_MEMORY_PERPLEXITY}:"
-    return Report(
-        [caption, ours, speeds, note, theirs],
-        {"memory_size": _figure(results, preset, base, caption)},
-    )
+    return markdown(["memory size", *sizes], lines)
 
 
 def _figure(results: Results, preset: Preset, base: Trial, caption: str) -> Figure:

@@ -173,10 +173,14 @@ def describe(base: Trial, *varied: str) -> str:
 
 def about(results: Results, base: Trial, *varied: str) -> str:
     """The caption of a study: what is shared, the text, and the seeds."""
-    text = f"Text: {base.text}, {base.text_size / 1e6:.1f} MB." if base.task == "text" else ""
-    seeds = results.seeds
-    spread = ""
+    if not results.trained:
+        shared = describe(base, *varied, "steps", "lr")
+        return f"{shared[0].upper()}{shared[1:]}. Only speed was measured."
+    shared, seeds = describe(base, *varied), results.seeds
+    parts = [f"{shared[0].upper()}{shared[1:]}."]
+    if base.task == "text":
+        parts.append(f"Text: {base.text}, {base.text_size / 1e6:.1f} MB.")
+    parts.append(f"{len(seeds)} seed{'s' * (len(seeds) != 1)}.")
     if len(seeds) > 1:
-        spread = " Means; ± and bands: half the distance, and the span, from lowest to highest."
-    parts = [describe(base, *varied) + ".", text, f"{len(seeds)} seed{'s' * (len(seeds) != 1)}."]
-    return " ".join(filter(None, parts)) + spread
+        parts.append("Means; ± and bands: half the distance, and the span, from lowest to highest.")
+    return " ".join(parts)
