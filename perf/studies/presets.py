@@ -175,7 +175,7 @@ PRESETS: dict[str, Preset] = {
         fact_sizes=PAPER_SIZES,
         fact_ffns=(2048, 8192),
         timed_tokens=256,
-        seconds=3.0,
+        seconds=2.0,
         rounds=5,
     ),
 }
