@@ -148,7 +148,7 @@ PRESETS: dict[str, Preset] = {
         fact_sizes=(16, 32, 64, 128, 256),
         fact_ffns=(256, 1024, 2048),
         timed_tokens=1024,
-        seconds=1.0,
+        seconds=0.4,
     ),
     "paper": Preset(
         text=_PAPER,
