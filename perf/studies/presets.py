@@ -176,6 +176,6 @@ PRESETS: dict[str, Preset] = {
         fact_ffns=(2048, 8192),
         timed_tokens=256,
         seconds=2.0,
-        rounds=5,
+        rounds=3,
     ),
 }
