@@ -139,7 +139,8 @@ def _figure(
         axis.set_xlabel("tokens per second at inference")
         axis.set_ylabel("test perplexity" if cells else "test perplexity, the paper's")
         axis.set_title(f"Width {dim}", fontsize=11)
-        axis.legend(fontsize=8, frameon=False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, frameon=False)
         axis.margins(0.12)
     row = next(iter(speeds.values()))
     notes = ["Labels: layers. The nearer to the lower right, the better.", caption]

@@ -36,7 +36,7 @@ def _pairs(preset: Preset) -> list[tuple[int, int]]:
         (heads, top_k)
         for heads in preset.heads
         for top_k in preset.top_ks
-        if heads * top_k <= preset.most_reads
+        if preset.least_reads <= heads * top_k <= preset.most_reads
     ]
 
 

@@ -21,7 +21,7 @@ class Preset:
         deeper: layers more, of models without a memory that `memory-size` puts beside those with
             one: at equal speed a model without a memory may be deeper.
         heads, top_ks: the grid of `heads-topk`.
-        most_reads: heads · k above which a pair is left out.
+        least_reads, most_reads: heads · k outside which a pair is left out.
         depths: of `depth`: by width, by layers, the most memories.
         depth_size: |C| of its memories.
         depth_heads: how many times as many attention heads its models have.
@@ -39,6 +39,7 @@ class Preset:
     deeper: tuple[int, ...]
     heads: tuple[int, ...]
     top_ks: tuple[int, ...]
+    least_reads: int
     most_reads: int
     depths: Mapping[int, Mapping[int, int]]
     depth_size: int
@@ -121,6 +122,7 @@ PRESETS: dict[str, Preset] = {
         deeper=(1,),
         heads=(1, 2),
         top_ks=(2, 4),
+        least_reads=2,
         most_reads=8,
         depths={16: {2: 1, 3: 0}},
         depth_size=8,
@@ -137,12 +139,13 @@ PRESETS: dict[str, Preset] = {
             _SMALL, **_FACTS, facts=30_000, layers=2, memory_layers="2", batch=512, steps=1200
         ),
         sizes=(16, 32, 64, 128, 192, 256),
-        flat_sizes=(16, 32, 64, 128),
+        flat_sizes=(32, 64, 128),
         deeper=(3, 6),
         heads=(1, 2, 4, 8),
         top_ks=(4, 8, 16, 32),
+        least_reads=16,
         most_reads=64,
-        depths={64: {4: 2, 6: 2, 8: 1, 12: 0}, 96: {4: 1, 6: 1, 8: 0}},
+        depths={64: {4: 2, 6: 1, 8: 1, 12: 0}},
         depth_size=128,
         depth_heads=1,
         fact_sizes=(16, 32, 64, 128, 256),
@@ -168,6 +171,7 @@ PRESETS: dict[str, Preset] = {
         deeper=(1, 2),
         heads=(1, 2, 4, 8),
         top_ks=(8, 16, 32, 64),
+        least_reads=8,
         most_reads=512,
         depths={1024: {12: 3, 16: 2, 24: 1}, 1600: {12: 1, 16: 1, 24: 0}},
         depth_size=512,
