@@ -12,6 +12,8 @@ of S by plain stores, in memory of its own that stays in cache; it clears it in 
 tile is the left operand of a matrix product like any other.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -281,3 +283,21 @@ def product_key_topk_backward(
             enable_fp_fusion=True,
         )  # fmt: skip
     return grad_query, grad_subkeys
+
+
+def shipped_configurations() -> dict[str, Callable[[], object]]:
+    """A call that launches each configuration, by name; for reports, on tensors without data."""
+
+    def call(num_tokens: int, num_subkeys: int, dtype: torch.dtype) -> Callable[[], object]:
+        query = torch.empty(num_tokens, 4, 512, dtype=dtype, device="meta")
+        subkeys = torch.empty(4, 2, num_subkeys, 256, dtype=dtype, device="meta")
+        grad_scores = torch.empty(num_tokens, 4, 32, device="meta")
+        slots = torch.empty(num_tokens, 4, 32, dtype=torch.int32, device="meta")
+        return lambda: product_key_topk_backward(grad_scores, query, subkeys, slots)
+
+    return {
+        "product backward many 512": call(16384, 512, torch.bfloat16),
+        "product backward many 4096": call(16384, 4096, torch.bfloat16),
+        "product backward many float32": call(16384, 512, torch.float32),
+        "product backward few 512": call(1, 512, torch.bfloat16),
+    }

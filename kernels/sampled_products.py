@@ -4,6 +4,9 @@ Shapes: T tokens, R reads a token, K slots.
     grad_output [T, d_v]; values [K, d_v]; slots, grad_weights [T, R]
 """
 
+from collections.abc import Callable
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,3 +61,19 @@ def sampled_products(grad_output: Tensor, values: Tensor, slots: Tensor, weights
         num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return grad_weights
+
+
+def shipped_configurations() -> dict[str, Callable[[], object]]:
+    """A call that launches each configuration, by name; for reports, on tensors without data."""
+
+    def call(dtype: torch.dtype) -> Callable[[], object]:
+        grad_output = torch.empty(4096, 1024, dtype=dtype, device="meta")
+        values = torch.empty(1 << 18, 1024, dtype=dtype, device="meta")
+        slots = torch.empty(4096, 128, dtype=torch.int32, device="meta")
+        weights = torch.empty(4096, 128, device="meta")
+        return lambda: sampled_products(grad_output, values, slots, weights)
+
+    return {
+        "sampled products bfloat16 1024": call(torch.bfloat16),
+        "sampled products float32 1024": call(torch.float32),
+    }

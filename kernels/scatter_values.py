@@ -15,6 +15,8 @@ So a row is read once and written once however few its reads are, no program has
 stretches of work however many they are, and every sum has one fixed order.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -133,7 +135,8 @@ def scatter_values_kernel(
                 row = slot.to(tl.int64) * D_V + column
                 mask = column < tl.where(inside, D_V, 0)
                 value = tl.load(values_ptr + row, mask=mask, other=0.0).to(tl.float32)
-        total += grad_float * weight.to(tl.float32)
+        factor = tl.broadcast_to(weight.to(tl.float32), [BLOCK_V])
+        total = tl.fma(grad_float, factor, total)
         if NEEDS_WEIGHTS:
             product = tl.where(inside, tl.sum(grad_float * value), float("nan"))
             tl.store(grad_weights_ptr + read, product.to(grad_weights_ptr.dtype.element_ty))
@@ -231,6 +234,23 @@ def count_rows_kernel(
     tl.store(counts_ptr + index, count, mask=index < num_stretches)
 
 
+def deal_out(num_reads: int, width: int) -> tuple[int, int, int]:
+    """Reads of a stretch, how many stretches there are, and the columns of a program."""
+    stretch = max(LEAST_STRETCH, triton.cdiv(num_reads, MOST_STRETCHES))
+    block_v = max(32, min(triton.next_power_of_2(width), 2048))
+    return stretch, triton.cdiv(num_reads, stretch), block_v
+
+
+def sum_parts(parts: Tensor, marks: Tensor, grad_rows: Tensor) -> None:
+    """Sum the parts [P, d_v] of each hot row, as `marks` [P] says, into its row of `grad_rows`."""
+    stretches, width = parts.shape
+    sum_parts_kernel[(triton.cdiv(stretches, 32), triton.cdiv(width, 32))](
+        parts, marks, grad_rows, stretches,
+        D_V=width, BLOCK_V=32, GROUP=32, PARTS=128, num_warps=4, num_stages=1,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+
+
 def scatter(
     grad_output: Tensor,
     values: Tensor,
@@ -244,9 +264,7 @@ def scatter(
     num_reads = slots.numel()
     num_slots, width = values.shape
     ordered, order = slots.flatten().sort(stable=True)
-    stretch = max(LEAST_STRETCH, triton.cdiv(num_reads, MOST_STRETCHES))
-    stretches = triton.cdiv(num_reads, stretch)
-    block_v = max(32, min(triton.next_power_of_2(width), 2048))
+    stretch, stretches, block_v = deal_out(num_reads, width)
     column_blocks = triton.cdiv(width, block_v)
     # 128 registers a thread hold a row's sum, its value and the next gradient without spilling.
     row_bytes = block_v * max(grad_output.element_size(), values.element_size())
@@ -259,7 +277,7 @@ def scatter(
             STRETCHES=32, BLOCK=64, num_warps=4, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
         ends = marks.cumsum(0)
-        rows = ends.new_empty(int(ends[-1]))
+        rows = ends.new_empty(stretches if ends.is_meta else int(ends[-1]))
         grad_rows = values.new_empty(rows.shape[0], width)
     else:
         ends = order
@@ -279,11 +297,7 @@ def scatter(
         NEEDS_WEIGHTS=needs_weights, num_warps=warps, num_stages=1, maxnreg=128,
         enable_fp_fusion=True,
     )  # fmt: skip
-    sum_parts_kernel[(triton.cdiv(stretches, 32), triton.cdiv(width, 32))](
-        parts, marks, grad_rows, stretches,
-        D_V=width, BLOCK_V=32, GROUP=32, PARTS=128, num_warps=4, num_stages=1,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    sum_parts(parts, marks, grad_rows)
     if needs_weights and column_blocks > 1:
         grad_weights = grad_weights.sum(0).to(weights.dtype)
     return rows, grad_rows, grad_weights
@@ -339,3 +353,26 @@ def gather_values_backward_sparse(
         rows [M], int64, ascending, each once; grad_rows [M, d_v]; grad_weights as above.
     """
     return scatter(grad_output, values, slots, weights, needs_weights, compact=True)
+
+
+def shipped_configurations() -> dict[str, Callable[[], object]]:
+    """A call that launches each configuration, by name; for reports, on tensors without data."""
+
+    def call(
+        dtype: torch.dtype, width: int, compact: bool, needs_weights: bool
+    ) -> Callable[[], object]:
+        grad_output = torch.empty(4096, width, dtype=dtype, device="meta")
+        values = torch.empty(1 << 18, width, dtype=dtype, device="meta")
+        slots = torch.empty(4096, 128, dtype=torch.int32, device="meta")
+        weights = torch.empty(4096, 128, device="meta")
+        inputs = grad_output, values, slots, weights
+        if compact:
+            return lambda: gather_values_backward_sparse(*inputs, needs_weights)
+        return lambda: gather_values_backward(*inputs, True, needs_weights)
+
+    return {
+        "scatter sparse bfloat16 1024": call(torch.bfloat16, 1024, True, True),
+        "scatter dense bfloat16 1024": call(torch.bfloat16, 1024, False, True),
+        "scatter sparse float32 1024": call(torch.float32, 1024, True, True),
+        "scatter values alone bfloat16 1024": call(torch.bfloat16, 1024, True, False),
+    }

@@ -7,7 +7,7 @@ import torch
 
 IMPLEMENTATIONS = ("pkm_triton", "textbook", "product-key-memory")
 KEYS = ("product", "flat")
-PASSES = ("forward", "forward+backward")
+PASSES = ("forward", "forward+backward", "step", "fused-step")
 READS = ("layer", "uniform", "zipf")
 NORMS = ("batch", "layer", "none")
 DTYPES = {
@@ -40,8 +40,11 @@ class Point:
         query_dim: width of one head's query.
         query_norm: `batch`, `layer` or `none`; `product-key-memory` knows `layer` only.
         tokens: tokens in one call.
-        pass_name: `forward` (evaluation, no gradients) or `forward+backward` (training).
-        sparse_grad: whether the gradient of the values is sparse; matters in backward only.
+        pass_name: `forward` (evaluation, no gradients), `forward+backward` (training), `step`
+            (and then the optimiser's step: of Adam, or of SparseAdam where the gradient is sparse),
+            or `fused-step` (the same from gradients kept as factors; `pkm_triton` only).
+        sparse_grad: whether the gradient of the values is sparse; matters in backward only, and
+            means nothing to `fused-step`.
         reads: which slots the gather reads: those the `layer` finds, or generated ones,
             `uniform` or `zipf` (the probability of the slot of rank r is proportional to 1 / r).
         device: `cpu` or `cuda`.
@@ -109,7 +112,12 @@ class Point:
     @property
     def backward(self) -> bool:
         """Whether gradients are computed."""
-        return self.pass_name == "forward+backward"
+        return self.pass_name != "forward"
+
+    @property
+    def steps(self) -> bool:
+        """Whether the optimiser makes its step."""
+        return self.pass_name in ("step", "fused-step")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -123,6 +131,8 @@ class Point:
 
     def unsupported(self) -> str | None:
         """Why the implementation cannot run this point, or None where it can."""
+        if self.pass_name == "fused-step" and self.implementation != "pkm_triton":
+            return "pkm_triton alone keeps gradients as factors"
         if self.implementation != "product-key-memory":
             return None
         needed = {"keys": "product", "query_norm": "layer", "reads": "layer", "value_dim": self.dim}

@@ -21,6 +21,10 @@ def predicted_bytes(point: Point) -> int:
     if point.backward:
         # A sparse gradient is held twice while it is made coalesced; indices are 8 bytes.
         elements += others + (2 * reads * (point.value_dim + 4) if point.sparse_grad else values)
+    if point.steps:
+        # Two moments, and what a step makes of the gradient: a few rows a read, or tables.
+        elements += 2 * (values + others)
+        elements += 6 * reads * point.value_dim if point.sparse_grad else 2 * values
     if point.keys == "product" and point.implementation != "pkm_triton":
         # Scores, their copy for the backward pass, k² candidates with their int64 indices.
         rows = point.tokens * point.heads

@@ -71,9 +71,38 @@ PRESETS: dict[str, list[Axes]] = {
             **_ONE_NORM,
         },
     ],
+    "step": [
+        {
+            "tokens": [1024],
+            "implementation": _TEXTBOOK,
+            "pass_name": ["step"],
+            "sparse_grad": [False, True],
+            "reads": ["uniform", "zipf"],
+            "threads": ["one", "all"],
+        },
+        {
+            "tokens": [1024],
+            "pass_name": ["fused-step"],
+            "reads": ["uniform", "zipf"],
+            "threads": ["one", "all"],
+        },
+        {
+            "num_subkeys": [256],
+            "tokens": [16, 64, 256, 1024, 4096],
+            "pass_name": ["step"],
+            "sparse_grad": [False, True],
+            "reads": ["uniform", "zipf"],
+        },
+        {
+            "num_subkeys": [256],
+            "tokens": [16, 64, 256, 1024, 4096],
+            "pass_name": ["fused-step"],
+            "reads": ["uniform", "zipf"],
+        },
+    ],
 }
 
-SECONDS = {"quick": 0.1, "default": 0.3, "paper": 0.5, "baselines": 2.0}
+SECONDS = {"quick": 0.1, "default": 0.3, "paper": 0.5, "baselines": 2.0, "step": 3.0}
 """Time to spend on each point of a preset."""
 
 
@@ -113,5 +142,7 @@ def make_points(
             point = Point(**fields)
             if not point.backward:  # no gradient: one point, not two
                 point = dataclasses.replace(point, sparse_grad=False)
+            if point.pass_name == "fused-step":
+                point = dataclasses.replace(point, sparse_grad=True)
             points[point] = None
     return list(points)

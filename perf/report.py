@@ -8,6 +8,7 @@ from .plot_comparison import comparison
 from .plot_memory import peak_memory
 from .plot_parts import time_by_part
 from .plot_speed import speed_against_heads, speed_against_size, speed_against_top_k
+from .plot_step import step_against_reads
 from .plot_style import save
 from .records import Row
 from .table import comparison_table, size_table
@@ -19,6 +20,7 @@ _PICTURES = {
     "speed_against_heads": speed_against_heads,
     "time_by_part": time_by_part,
     "peak_memory": peak_memory,
+    "step_against_reads": step_against_reads,
     "comparison": comparison,
 }
 

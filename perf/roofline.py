@@ -46,17 +46,39 @@ def gather_bytes(point: Point, distinct: int) -> int:
     rows = distinct * point.value_dim
     forward = (SLOT_BYTES + point.itemsize) * reads + point.itemsize * (rows + output)
     # Backward reads slots, weights, values and the output's gradient; writes the gradients of
-    # the weights and of the values: the rows that were read, or all K of them.
+    # the weights and of the values: the rows that were read, or all K of them, or their factors,
+    # which are there already.
     written = rows if point.sparse_grad else point.num_slots * point.value_dim
+    if point.pass_name == "fused-step":
+        written = 0
     backward = (SLOT_BYTES + 2 * point.itemsize) * reads + point.itemsize * (
         rows + output + written
     )
     return forward + backward * point.backward
 
 
+def step_bytes(point: Point, distinct: int) -> int:
+    """Adam: gradient in; parameter and both moments, of 4 bytes an element, in and out."""
+    width = point.heads * point.query_dim
+    keys = width * (point.num_subkeys if point.keys == "product" else point.num_slots)
+    values = (distinct if point.sparse_grad else point.num_slots) * point.value_dim
+    elements = keys + point.dim * width + values
+    gradients = elements
+    if point.pass_name == "fused-step":
+        # Of the values the factors are read: the output's gradient, slots and weights.
+        reads = point.tokens * point.heads * point.top_k
+        gradients += point.tokens * point.value_dim + 2 * reads - values
+    return (point.itemsize * (gradients + 2 * elements) + 16 * elements) * point.steps
+
+
 def moved_bytes(point: Point, distinct: int) -> int:
     """Compulsory bytes of a whole pass."""
-    return query_bytes(point) + lookup_bytes(point) + gather_bytes(point, distinct)
+    return (
+        query_bytes(point)
+        + lookup_bytes(point)
+        + gather_bytes(point, distinct)
+        + step_bytes(point, distinct)
+    )
 
 
 def bandwidth(device: str) -> float | None:

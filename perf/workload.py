@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import pkm_triton as pkm
+from pkm_triton.gradients import FactoredGradient
 
 from .baselines import PackageMemory, TextbookMemory
 from .points import Point
@@ -60,7 +61,7 @@ def build_memory(point: Point) -> Memory:
         "heads": point.heads,
         "top_k": point.top_k,
         "query_dim": point.query_dim,
-        "sparse_grad": point.sparse_grad,
+        "sparse_grad": "factored" if point.pass_name == "fused-step" else point.sparse_grad,
         "device": point.device,
         "dtype": point.torch_dtype,
     }
@@ -80,14 +81,28 @@ def build_memory(point: Point) -> Memory:
     return OwnMemory(kind(point.dim, point.value_dim, query_norm=norm, **shared))
 
 
+def build_optimizers(point: Point, memory: Memory) -> list[torch.optim.Optimizer]:
+    """One for the values, by the kind of their gradient, and Adam for the rest."""
+    if isinstance(memory, OwnMemory):
+        values: Tensor = memory.layer.values
+        sparse: Any = pkm.optim.SparseAdam
+    else:
+        layer: Any = memory.layer if isinstance(memory, PackageMemory) else memory
+        values, sparse = layer.values.weight, torch.optim.SparseAdam
+    rest = [parameter for parameter in memory.parameters() if parameter is not values]
+    kind = sparse if point.sparse_grad else torch.optim.Adam
+    return [kind([values]), torch.optim.Adam(rest)]
+
+
 class Pass:
-    """A function run once for its time: forward alone, or forward and backward.
+    """A function run once for its time: forward alone, or with backward, or with a step too.
 
     Args:
         function: what is run on `inputs`; returns one tensor.
         inputs: tensors of no graph; those of floating point get gradients in a backward pass.
         parameters: what else gets gradients.
         backward: whether to run the backward pass, from a gradient of ones.
+        optimizers: what then makes a step.
     """
 
     def __init__(
@@ -97,7 +112,9 @@ class Pass:
         parameters: Sequence[Tensor] = (),
         *,
         backward: bool,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
     ) -> None:
+        self._optimizers = optimizers
         self._function = function
         self._inputs = [
             tensor.detach().requires_grad_(backward and tensor.is_floating_point())
@@ -117,6 +134,8 @@ class Pass:
         if self._grad_output is None:
             self._grad_output = torch.ones_like(output)
         output.backward(self._grad_output)
+        for optimizer in self._optimizers:
+            optimizer.step()
 
     def clear(self) -> None:
         """Forget the gradients; not part of the time."""
@@ -125,7 +144,12 @@ class Pass:
 
     def gradients(self) -> Iterator[Tensor]:
         """The gradients the pass has left."""
-        return (leaf.grad for leaf in self._leaves if leaf.grad is not None)
+        for leaf in self._leaves:
+            if isinstance(leaf.grad, FactoredGradient):
+                for part in leaf.grad.reads:
+                    yield from (part.slots, part.weights, part.grad_output)
+            elif leaf.grad is not None:
+                yield leaf.grad
 
 
 @dataclass(frozen=True)
@@ -165,7 +189,13 @@ class Workload:
                 point.reads, shape, point.num_slots, generator=generator, device=point.device
             )
         function = memory if self._slots is None else self._read_generated
-        self.whole = Pass(function, [self._x], tuple(memory.parameters()), backward=point.backward)
+        self.whole = Pass(
+            function,
+            [self._x],
+            tuple(memory.parameters()),
+            backward=point.backward,
+            optimizers=build_optimizers(point, memory) if point.steps else (),
+        )
         tensors = (*memory.parameters(), *memory.buffers())
         self.parameter_bytes = sum(tensor.nbytes for tensor in tensors)
 

@@ -2,12 +2,14 @@
 
 import math
 import operator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_SLOTS = 2**31 - 1  # slots are int32
+SparseGrad = bool | Literal["factored"]
 
 
 def _shape(tensor: Tensor) -> str:
@@ -134,6 +136,13 @@ def int32_slots(slots: Tensor, num_slots: int) -> Tensor:
     if slots.dtype == torch.int64 and slots.device.type != "cpu":
         slots = slots.clamp(-1, num_slots)
     return slots.to(torch.int32).contiguous()
+
+
+def check_sparse_grad(sparse_grad: SparseGrad) -> SparseGrad:
+    """`sparse_grad` is a bool or "factored"."""
+    if sparse_grad != "factored" and not isinstance(sparse_grad, bool):
+        raise ValueError(f"sparse_grad is {sparse_grad!r}, but must be True, False or 'factored'")
+    return sparse_grad
 
 
 def check_mask(mask: Tensor, x: Tensor) -> None:

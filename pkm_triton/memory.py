@@ -7,7 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_integer, check_mask, check_tensor, check_top_k
+from ._checks import (
+    SparseGrad,
+    check_integer,
+    check_mask,
+    check_sparse_grad,
+    check_tensor,
+    check_top_k,
+)
 from .ops import flat_key_topk, gather_values, product_key_topk
 from .query import QueryNetwork, QueryNorm
 from .usage import MemoryUsage
@@ -29,7 +36,7 @@ class _KeyValueMemory(nn.Module, ABC):
         query_dim: int = 512,
         query_norm: QueryNorm = "batch",
         query_hidden: Sequence[int] = (),
-        sparse_grad: bool = False,
+        sparse_grad: SparseGrad = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -43,7 +50,7 @@ class _KeyValueMemory(nn.Module, ABC):
         self.query_dim = check_integer("query_dim", query_dim, 2)
         if self.query_dim % 2:
             raise ValueError(f"query_dim is {query_dim}, but must be even: a query has two halves")
-        self.sparse_grad = bool(sparse_grad)
+        self.sparse_grad: SparseGrad = check_sparse_grad(sparse_grad)
         self.usage: MemoryUsage | None = None
         self.query_net = QueryNetwork(
             dim, heads, query_dim, query_norm, query_hidden, device=device, dtype=dtype
@@ -151,7 +158,7 @@ class _KeyValueMemory(nn.Module, ABC):
         return (
             f"dim={self.dim}, value_dim={self.value_dim}, num_subkeys={self.num_subkeys}, "
             f"heads={self.heads}, top_k={self.top_k}, query_dim={self.query_dim}, "
-            f"num_slots={self.num_slots}, sparse_grad={self.sparse_grad}"
+            f"num_slots={self.num_slots}, sparse_grad={self.sparse_grad!r}"
         )
 
 
@@ -172,7 +179,8 @@ class ProductKeyMemory(_KeyValueMemory):
         query_dim: width of a query a head, d_q; even.
         query_norm: normalisation of the query: "batch" (the paper's), "layer" or None.
         query_hidden: hidden widths of the query network; () makes it linear.
-        sparse_grad: make the gradient of `values` sparse (see `gather_values`).
+        sparse_grad: what the gradient of `values` is: dense (False), sparse (True), or "factored",
+            for `optim.SparseAdam` alone (see `gather_values`).
         device: of the parameters.
         dtype: of the parameters.
 

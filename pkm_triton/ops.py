@@ -14,11 +14,14 @@ from torch import Tensor
 
 from ._backend import implementation
 from ._checks import (
+    SparseGrad,
     check_flat_key_topk,
     check_gather_values,
     check_product_key_topk,
+    check_sparse_grad,
     int32_slots,
 )
+from .gradients import FactoredGradient, Reads
 
 _LIBRARY = torch.library.Library("pkm_triton", "DEF")
 
@@ -72,7 +75,7 @@ def flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
 
 
 def gather_values(
-    values: Tensor, slots: Tensor, weights: Tensor, sparse_grad: bool = False
+    values: Tensor, slots: Tensor, weights: Tensor, sparse_grad: SparseGrad = False
 ) -> Tensor:
     """The weighted sum of the rows of a table that each token reads (paper equation 3).
 
@@ -80,8 +83,13 @@ def gather_values(
         values: [K, d_v]; float32, bfloat16, float16 or float64.
         slots: [..., R], int32 or int64, each in [0, K); a slot may come twice.
         weights: [..., R], any of the dtypes of values.
-        sparse_grad: make the gradient of values a coalesced sparse COO tensor of the rows that
-            were read, instead of a dense [K, d_v]; for `torch.optim.SparseAdam` and its like.
+        sparse_grad: what the gradient of values is. False: a dense [K, d_v]. True: a coalesced
+            sparse COO tensor of the rows that were read; for `optim.SparseAdam`,
+            `torch.optim.SparseAdam` and its like; `DistributedDataParallel` averages no sparse
+            gradient but that of `nn.Embedding`, so keep values out of it and all-reduce the
+            gradient after the backward pass. "factored": a `FactoredGradient`, from which
+            `optim.SparseAdam`, and nothing else, makes its step without the rows' gradient ever
+            being stored; under `torch.compile` it breaks the graph.
 
     Returns:
         [..., d_v], in the dtype of values, accumulated in float32 (float64 for float64).
@@ -95,8 +103,15 @@ def gather_values(
             slot reads nothing, and makes its token's output NaN.
     """
     check_gather_values(values, slots, weights)
+    check_sparse_grad(sparse_grad)
+    op: Any
     if not _wants_gradient(values, weights):
         op = _gather_values
+    elif sparse_grad == "factored":
+        op = _gather_values_with_factored_gradient
+        if torch.compiler.is_compiling():
+            # A compiled graph cannot return such a gradient.
+            op = torch.compiler.disable(op)
     elif sparse_grad:
         op = _gather_values_with_sparse_gradient
     else:
@@ -324,6 +339,21 @@ def _gather_backward_sparse(
     return grad_values, None, grad_weights if needs_weights else None
 
 
+def _gather_backward_factored(
+    ctx: Any, grad_output: Tensor
+) -> tuple[Tensor | None, None, Tensor | None]:
+    needs_values, _, needs_weights = ctx.needs_input_grad
+    values, slots, weights = ctx.saved_tensors
+    _, grad_weights = _gather_values_backward(
+        grad_output, values, slots, weights, False, needs_weights
+    )
+    grad_values = None
+    if needs_values:
+        reads = Reads(slots, weights.detach(), grad_output.detach())
+        grad_values = FactoredGradient(values, [reads])
+    return grad_values, None, grad_weights if needs_weights else None
+
+
 _product_key_topk = _topk("product_key_topk")
 _flat_key_topk = _topk("flat_key_topk")
 _GATHER_ARGUMENTS = "(Tensor values, Tensor slots, Tensor weights) -> Tensor"
@@ -341,6 +371,13 @@ _gather_values_with_sparse_gradient = _register_with_gradient(
     _fake_gather,
     _save_gather,
     _gather_backward_sparse,
+)
+_gather_values_with_factored_gradient = _register_with_gradient(
+    f"gather_values_with_factored_gradient{_GATHER_ARGUMENTS}",
+    _run_gather,
+    _fake_gather,
+    _save_gather,
+    _gather_backward_factored,
 )
 _gather_values_backward = _register(
     "gather_values_backward(Tensor grad_output, Tensor values, Tensor slots, Tensor weights,"

@@ -5,14 +5,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
+from torch._compile import _disable_dynamo
 
 from ._backend import implementation
-from ._checks import check_positive
+from ._checks import check_integer, check_positive
+from .clipping import clip_grad_norm_
+from .gradients import FactoredGradient, rows_and_values
+
+__all__ = ["SparseAdam", "clip_grad_norm_"]
 
 Rounding = Literal["stochastic", "master", "nearest"]
 _ROUNDINGS: tuple[Rounding, ...] = ("stochastic", "master", "nearest")
 _HALF = (torch.bfloat16, torch.float16)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class SparseAdam(torch.optim.Optimizer):
@@ -21,12 +26,14 @@ class SparseAdam(torch.optim.Optimizer):
     The moments and the values of a row change only in steps in which its gradient is there, in one
     pass over those rows. Beyond torch's it takes dense gradients too (a step of Adam on every
     row), decays weights, keeps the moments of half-precision parameters in float32, and does not
-    lose their small updates to rounding.
+    lose their small updates to rounding. From a gradient that is kept as its factors
+    (`sparse_grad="factored"`) it makes the step row by row, as the rows' gradient is made, which is
+    never stored.
 
     Args:
-        params: parameters or parameter groups, see `param_groups`; each group may set lr, betas,
-            eps, weight_decay, maximize and rounding.
-        lr: learning rate.
+        params: parameters or parameter groups, see `param_groups`; each group may set all options
+            below.
+        lr: learning rate; if capturable it may be a tensor of one element.
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
         maximize: go up the gradient.
@@ -34,7 +41,9 @@ class SparseAdam(torch.optim.Optimizer):
         rounding: how bfloat16 and float16 parameters take an update: "stochastic" rounds up or
             down at random so that updates too small to see add up all the same; "master" keeps a
             float32 copy; "nearest" is torch's, which loses such updates. Float32 is not rounded.
-        seed: of stochastic rounding.
+        seed: of stochastic rounding. Same seed, gradients and start, same bits.
+        capturable: count steps on the parameters' device, so that a step of dense gradients, or of
+            those kept as factors, can be captured in a CUDA graph.
 
     Raises:
         TypeError: if a parameter is sparse or not floating.
@@ -44,7 +53,7 @@ class SparseAdam(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         maximize: bool = False,
@@ -52,8 +61,8 @@ class SparseAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         rounding: Rounding = "stochastic",
         seed: int = 0,
+        capturable: bool = False,
     ) -> None:
-        self._seed = seed
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -61,12 +70,16 @@ class SparseAdam(torch.optim.Optimizer):
             "maximize": maximize,
             "weight_decay": weight_decay,
             "rounding": rounding,
+            "seed": seed,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer` does, after a check of its options."""
         options = {**self.defaults, **param_group}
+        if isinstance(options["lr"], Tensor) and not options["capturable"]:
+            raise ValueError("lr is a tensor, but may be one only if capturable is True")
         check_positive("lr", float(options["lr"]))
         check_positive("eps", options["eps"])
         for beta in options["betas"]:
@@ -78,6 +91,7 @@ class SparseAdam(torch.optim.Optimizer):
             raise ValueError(
                 f"rounding is {options['rounding']!r}, but must be one of {', '.join(_ROUNDINGS)}"
             )
+        check_integer("seed", options["seed"], 0)
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             if param.is_sparse or not param.is_floating_point():
@@ -86,11 +100,15 @@ class SparseAdam(torch.optim.Optimizer):
                     f"{param.dtype} and layout {param.layout}"
                 )
 
+    # Not compiled, as torch's is not: counts and states are no constants. This is how torch.optim
+    # says so; `torch.compiler.disable` imports the compiler, and with it numpy, at once.
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Make one step on every parameter that has a gradient.
 
-        A NaN in a gradient reaches the row it belongs to, and no other.
+        A NaN in a gradient reaches the element it belongs to, and no other; as in torch, no step
+        is skipped for it (`GradScaler` skips one).
 
         Args:
             closure: evaluates the model anew and returns the loss.
@@ -99,7 +117,9 @@ class SparseAdam(torch.optim.Optimizer):
             The loss, if a closure was given.
 
         Raises:
-            ValueError: if a parameter's state is on another device, or of another shape.
+            TypeError: if a gradient is sparse, but not COO.
+            ValueError: if a parameter's state is on another device, or of another shape, or a
+                sparse gradient has not 1 sparse dimension.
         """
         loss = None
         if closure is not None:
@@ -108,58 +128,74 @@ class SparseAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    self._step_one(param, group)
+                    self._step_one(param, param.grad, group)
         return loss
 
-    def _step_one(self, param: Tensor, group: dict[str, Any]) -> None:
+    def _step_one(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        if grad.layout not in (torch.strided, torch.sparse_coo):
+            raise TypeError(f"a gradient has layout {grad.layout}, but must be dense or sparse COO")
         state = self._state_of(param, group)
         state["step"] += 1
-        if param.grad is None or param.grad.numel() == 0:
+        if param.numel() == 0:
             return
-        table = _as_table(param)
-        if param.grad.is_sparse:
-            rows, grad_rows = _rows_and_values(param.grad)
-            if rows.numel() == 0:
-                return
-        else:
-            rows, grad_rows = torch.arange(table.shape[0], device=param.device), param.grad
         beta1, beta2 = group["betas"]
-        implementation(table).sparse_adam(
-            table,
-            _as_table(state["exp_avg"]),
-            _as_table(state["exp_avg_sq"]),
-            rows,
-            _as_table(grad_rows.contiguous()),
-            lr=float(group["lr"]),
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            step=state["step"],
-            maximize=group["maximize"],
-            stochastic_rounding=group["rounding"] == "stochastic",
-            seed=self._seed,
-            master=_as_table(state["master"]) if "master" in state else None,
-        )
+        options = {
+            "lr": group["lr"],
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "step": state["step"],
+            "maximize": group["maximize"],
+            "stochastic_rounding": group["rounding"] == "stochastic" and param.dtype in _HALF,
+            "seed": group["seed"],
+            "master": _as_table(state["master"]) if "master" in state else None,
+        }
+        table = _as_table(param.contiguous())
+        tables = table, _as_table(state["exp_avg"]), _as_table(state["exp_avg_sq"])
+        if isinstance(grad, FactoredGradient):
+            reads = grad.merged()
+            if reads.slots.numel() > 0:
+                implementation(table, reads.weights).scatter_adam(
+                    *tables, reads.grad_output, reads.slots, reads.weights, **options
+                )
+        else:
+            if grad.is_sparse:
+                rows, grad_rows = rows_and_values(grad)
+            else:
+                rows, grad_rows = torch.arange(table.shape[0], device=param.device), grad
+            if rows.numel() > 0:
+                implementation(table).sparse_adam(
+                    *tables, rows, _as_table(grad_rows.contiguous()), **options
+                )
+        if not param.is_contiguous():
+            param.copy_(table.view(param.shape))
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[param]
         if not state:
             dtype = torch.float32 if param.dtype in _HALF else param.dtype
             state["step"] = 0
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in _MOMENTS:
                 state[name] = torch.zeros_like(
                     param, dtype=dtype, memory_format=torch.contiguous_format
                 )
-            if group["rounding"] == "master" and param.dtype in _HALF:
-                state["master"] = param.detach().to(torch.float32).contiguous()
-        for name in ("exp_avg", "exp_avg_sq"):
-            if state[name].device != param.device or state[name].shape != param.shape:
+        if group["capturable"] and not isinstance(state["step"], Tensor):
+            state["step"] = torch.full((), float(state["step"]), device=param.device)
+        if not group["capturable"] and isinstance(state["step"], Tensor):
+            state["step"] = int(state["step"])
+        if group["rounding"] == "master" and param.dtype in _HALF and "master" not in state:
+            state["master"] = param.detach().to(torch.float32).contiguous()
+        for name in (*_MOMENTS, "master"):
+            tensor = state.get(name)
+            if tensor is None:
+                continue
+            if tensor.device != param.device or tensor.shape != param.shape:
                 raise ValueError(
-                    f"state {name!r} has shape {list(state[name].shape)} on "
-                    f"{state[name].device}, but its parameter has {list(param.shape)} on "
-                    f"{param.device}"
+                    f"state {name!r} has shape {list(tensor.shape)} on {tensor.device}, but its "
+                    f"parameter has {list(param.shape)} on {param.device}"
                 )
+            state[name] = tensor.contiguous()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -172,7 +208,7 @@ class SparseAdam(torch.optim.Optimizer):
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         kept = dict(zip(ids, params, strict=False))
         for index, state in state_dict["state"].items():
-            for name in ("exp_avg", "exp_avg_sq", "master"):
+            for name in (*_MOMENTS, "master"):
                 if name in state and index in kept and state[name].shape != kept[index].shape:
                     raise ValueError(
                         f"state_dict: {name!r} of parameter {index} has shape "
@@ -186,7 +222,7 @@ class SparseAdam(torch.optim.Optimizer):
         for index, state in state_dict["state"].items():
             param = kept[index]
             if param.dtype in _HALF:
-                for name in ("exp_avg", "exp_avg_sq", "master"):
+                for name in (*_MOMENTS, "master"):
                     if name in state:
                         self.state[param][name] = state[name].to(
                             device=param.device, dtype=torch.float32, copy=True
@@ -198,69 +234,3 @@ def _as_table(tensor: Tensor) -> Tensor:
     if tensor.ndim == 2:
         return tensor
     return tensor.view(tensor.shape[0], -1) if tensor.ndim else tensor.view(1, 1)
-
-
-def _rows_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows, each once, and their gradient."""
-    if grad.sparse_dim() != 1:
-        raise ValueError(
-            f"a sparse gradient must have 1 sparse dimension, its rows, not {grad.sparse_dim()}"
-        )
-    rows = grad._indices()[0]
-    # Accumulating a gradient loses torch's mark that it is coalesced; sorting it again would
-    # cost as much as the step.
-    if not grad.is_coalesced() and bool((rows[1:] <= rows[:-1]).any()):
-        grad = grad.coalesce()
-    return grad._indices()[0], grad._values()
-
-
-@torch.no_grad()
-def clip_grad_norm_(
-    parameters: Tensor | Iterable[Tensor],
-    max_norm: float,
-    norm_type: float = 2.0,
-    error_if_nonfinite: bool = False,
-) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_`, for dense and sparse gradients together.
-
-    The norm is that of all gradients as one vector. A sparse gradient is coalesced for it, in
-    place: the same row twice is one entry, not two.
-
-    Args:
-        parameters: those whose gradients are scaled, in place, if their norm is larger.
-        max_norm: the largest norm allowed.
-        norm_type: the p of the p-norm; may be infinity.
-        error_if_nonfinite: raise if the norm is NaN or infinite.
-
-    Returns:
-        The norm before scaling, a tensor of one element.
-
-    Raises:
-        ValueError: if max_norm or norm_type is not above 0.
-        RuntimeError: if the norm is not finite and error_if_nonfinite is set.
-    """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm is {max_norm}, but must be above 0")
-    if not norm_type > 0:
-        raise ValueError(f"norm_type is {norm_type}, but must be above 0")
-    values = []
-    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
-        if parameter.grad is None:
-            continue
-        if parameter.grad.is_sparse:
-            rows, grad_rows = _rows_and_values(parameter.grad)
-            parameter.grad = torch.sparse_coo_tensor(
-                rows.unsqueeze(0),
-                grad_rows,
-                parameter.grad.shape,
-                is_coalesced=True,
-                check_invariants=False,
-            )
-            values.append(grad_rows)
-        else:
-            values.append(parameter.grad)
-    norm = get_total_norm(values, norm_type, error_if_nonfinite)
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for value in values:
-        value.mul_(scale.to(value.device))
-    return norm

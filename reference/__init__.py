@@ -7,6 +7,7 @@ and keeps its temporaries below the bound stated in `chunks`.
 from .flat_key_topk import flat_key_topk, flat_key_topk_backward
 from .gather_values import gather_values
 from .product_key_topk import product_key_topk, product_key_topk_backward
+from .scatter_adam import scatter_adam
 from .scatter_values import gather_values_backward, gather_values_backward_sparse
 from .sparse_adam import sparse_adam
 
@@ -18,5 +19,6 @@ __all__ = [
     "gather_values_backward_sparse",
     "product_key_topk",
     "product_key_topk_backward",
+    "scatter_adam",
     "sparse_adam",
 ]

@@ -57,6 +57,22 @@ def check_adam(mutant):
     torch.testing.assert_close(moments[0][1], torch.full((8,), 0.05))
 
 
+def check_scatter_adam(mutant, slots=None):
+    if slots is None:
+        slots = torch.randint(0, 60, (30, 5), dtype=torch.int32)
+    step = torch.randn(30, 20), slots, torch.rand(30, 5)
+    options = {"lr": 0.25, "beta1": 0.9, "beta2": 0.999, "eps": 1e-3, "weight_decay": 0.1}
+    expected = torch.randn(60, 20), torch.randn(60, 20), torch.rand(60, 20)
+    actual = [table.clone() for table in expected]
+    reference.scatter_adam(*expected, *step, step=2, **options)
+    mutant.scatter_adam(*actual, *step, step=2, **options)
+    torch.testing.assert_close(actual, list(expected), rtol=1e-4, atol=1e-4)
+
+
+def check_scatter_adam_hot_row(mutant):
+    check_scatter_adam(mutant, torch.full((30, 5), 4, dtype=torch.int32))
+
+
 MUTATIONS = {
     "runs cut at the end of a stretch": (
         "scatter_values.py", "        end += follows\n", "        end += 0\n", check_scatter,
@@ -102,6 +118,21 @@ MUTATIONS = {
         "for part in tl.range(num_parts - 1)", check_lookup,
     ),
     "decay forgotten": ("sparse_adam.py", "value = value * decay", "value = value", check_adam),
+    "sum carried into the next row's step": (
+        "scatter_adam.py", "            total = tl.zeros([BLOCK_V], tl.float32)\n            if",
+        "            if", check_scatter_adam,
+    ),
+    "hot row stepped by its last part": (
+        "scatter_adam.py", "if part & (position + 1 >= end):", "if part & (position + 1 > end):",
+        check_scatter_adam_hot_row,
+    ),
+    "each part a hot row": (
+        "scatter_adam.py", "part & inside & ~later", "part & inside", check_scatter_adam_hot_row,
+    ),
+    "hot rows not stepped": (
+        "scatter_adam.py", "tl.where(first, slot, -1)", "tl.where(first, -1, -1)",
+        check_scatter_adam_hot_row,
+    ),
     "gradient of another row": (
         "sparse_adam.py", "grad_rows_ptr + index * D", "grad_rows_ptr + row * D", check_adam,
     ),

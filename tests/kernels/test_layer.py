@@ -8,7 +8,7 @@ import torch
 import pkm_triton as pkm
 
 
-@pytest.mark.parametrize("sparse_grad", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("sparse_grad", [False, True, "factored"])
 @pytest.mark.parametrize("kind", [pkm.ProductKeyMemory, pkm.FlatKeyMemory])
 def test_training_step_equals_the_reference(device, guard, kind, sparse_grad):
     sizes = {"num_subkeys": 6, "heads": 2, "top_k": 3, "query_dim": 4}
@@ -24,9 +24,56 @@ def test_training_step_equals_the_reference(device, guard, kind, sparse_grad):
     for (name, one), other in zip(
         layers[0].named_parameters(), layers[1].parameters(), strict=True
     ):
+        assert type(one.grad) is type(other.grad), name
         assert one.grad.is_sparse == other.grad.is_sparse, name
         torch.testing.assert_close(one.grad.to_dense(), other.grad.to_dense(), msg=name)
         torch.testing.assert_close(one, other, msg=name)
+
+
+# The kernels are float32; but these functions are linear in each argument, so that a long step
+# costs no accuracy.
+@pytest.mark.filterwarnings("ignore:Input #:UserWarning")
+def test_gradcheck_of_the_gather(device):
+    values = torch.randn(6, 5, device=device, requires_grad=True)
+    weights = torch.rand(3, 4, device=device, requires_grad=True)
+    slots = torch.randint(0, 6, (3, 4), device=device)
+    with pkm.use_backend("triton"):
+        assert torch.autograd.gradcheck(
+            lambda v, w: pkm.gather_values(v, slots, w), (values, weights),
+            eps=0.5, atol=1e-4, rtol=1e-4,
+        )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Input #:UserWarning")
+def test_gradcheck_of_the_lookup(device):
+    query = (1 + torch.rand(2, 1, 4, device=device) / 8).requires_grad_()
+    # Scores far apart, so that no step changes the selection.
+    steps = torch.tensor([[3.0, 1.0], [1.0, 0.5]], device=device)
+    subkeys = (torch.arange(4.0, device=device)[:, None] * steps[None, :, None]).requires_grad_()
+    with pkm.use_backend("triton"):
+        _, expected = pkm.product_key_topk(query, subkeys, 3)
+
+        def scores(query, subkeys):
+            scores, slots = pkm.product_key_topk(query, subkeys, 3)
+            assert torch.equal(slots, expected), "the step is too long: it changes the selection"
+            return scores
+
+        assert torch.autograd.gradcheck(
+            scores, (query, subkeys), eps=2e-3, atol=1e-2, rtol=1e-2, fast_mode=True
+        )
+
+
+def test_gather_is_linear(device, guard):
+    values, other = torch.randn(40, 9, device=device), torch.randn(40, 9, device=device)
+    slots = torch.randint(0, 40, (20, 7), device=device)
+    weights = torch.rand(20, 7, device=device)
+    with pkm.use_backend("triton"):
+        out = pkm.gather_values(values, slots, weights)
+        torch.testing.assert_close(
+            pkm.gather_values(values + 2 * other, slots, weights),
+            out + 2 * pkm.gather_values(other, slots, weights),
+        )
+        torch.testing.assert_close(pkm.gather_values(values, slots, 3 * weights), 3 * out)
 
 
 def test_triton_refuses_float64(device):

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import pkm_triton as pkm
+from pkm_triton import reference
 from pkm_triton.perf.memory import measure_peak
 from pkm_triton.reference.chunks import MAX_WORKING_BYTES
+from pkm_triton.reference.sparse_adam import ELEMENTS_AT_A_TIME
 
 
 def working_bytes(call):
@@ -36,6 +38,26 @@ def test_flat_lookup_never_holds_all_scores():
     all_scores = 512 * 512**2 * 4
     used = working_bytes(lambda: pkm.flat_key_topk(query, keys, 32))
     assert used <= MAX_WORKING_BYTES < all_scores / 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_from_factors_holds_a_few_rows_at_a_time(dtype):
+    tokens, reads, width = 256, 128, 512
+    tables = [torch.zeros(20_000, width, dtype=each) for each in (dtype, *2 * [torch.float32])]
+    slots = torch.randint(0, 20_000, (tokens, reads), dtype=torch.int32)
+    weights, grad = torch.rand(tokens, reads), torch.randn(tokens, width).to(dtype)
+    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "step": 1}
+
+    def step():
+        reference.scatter_adam(
+            *tables, grad, slots, weights, **options, stochastic_rounding=True, master=None
+        )
+
+    indices = tokens * reads * 64 + tokens * width * 4
+    few_rows = 20 * 4 * ELEMENTS_AT_A_TIME
+    used = measure_peak(step).peak_bytes
+    assert used <= indices + few_rows
+    assert used < slots.unique().numel() * width * 4 / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

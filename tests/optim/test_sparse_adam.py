@@ -190,6 +190,105 @@ def test_groups_and_schedules():
     )
 
 
+def test_capturable_counts_on_the_device_and_takes_tensors():
+    plain, capturable = (nn.Parameter(torch.ones(20, 7)) for _ in range(2))
+    lr = torch.tensor(0.1)
+    optimisers = SparseAdam([plain], lr=0.1), SparseAdam([capturable], lr=lr, capturable=True)
+    for index, grad in enumerate(steps(6)):
+        if index == 3:
+            lr.fill_(0.02)
+            optimisers[0].param_groups[0]["lr"] = 0.02
+        for parameter, optimiser in zip((plain, capturable), optimisers, strict=True):
+            parameter.grad = grad.clone()
+            optimiser.step()
+    torch.testing.assert_close(plain, capturable)
+    count = optimisers[1].state[capturable]["step"]
+    assert isinstance(count, torch.Tensor)
+    assert (count.device, count.item()) == (capturable.device, 6)
+    assert optimisers[0].state[plain]["step"] == 6
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_count_loads_as_number_or_tensor(capturable):
+    parameter = nn.Parameter(torch.ones(20, 7))
+    before = SparseAdam([parameter], lr=0.1, capturable=capturable)
+    grads = list(steps(3))
+    parameter.grad = grads[0]
+    before.step()
+    again = nn.Parameter(parameter.detach().clone())
+    after = SparseAdam([again], lr=0.1)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    for each, optimiser in ((parameter, before), (again, after)):
+        optimiser.param_groups[0]["capturable"] = not capturable
+        for grad in grads[1:]:
+            each.grad = grad.clone()
+            optimiser.step()
+        assert isinstance(optimiser.state[each]["step"], torch.Tensor) != capturable
+        assert int(optimiser.state[each]["step"]) == 3
+    assert torch.equal(parameter, again)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_a_transposed_parameter(kind):
+    ours, theirs = (nn.Parameter(torch.arange(140.0).view(7, 20).T) for _ in range(2))
+    with torch.no_grad():
+        theirs.set_(theirs.contiguous())
+    assert not ours.is_contiguous()
+    for parameter in (ours, theirs):
+        optimiser = SparseAdam([parameter], lr=0.1)
+        for grad in steps(3):
+            parameter.grad = grad if kind == "sparse" else grad.to_dense()
+            optimiser.step()
+    assert torch.equal(ours, theirs)
+    assert not ours.is_contiguous()
+
+
+def test_a_master_is_made_where_a_loaded_state_has_none():
+    parameter = nn.Parameter(torch.ones(8, 4, dtype=torch.bfloat16))
+    before = SparseAdam([parameter], rounding="nearest")
+    grad = sparse([2], torch.ones(1, 4, dtype=torch.bfloat16), (8, 4))
+    parameter.grad = grad
+    before.step()
+    after = SparseAdam([parameter], rounding="master")
+    state = copy.deepcopy(before.state_dict())
+    state["param_groups"][0]["rounding"] = "master"
+    after.load_state_dict(state)
+    for _ in range(40):
+        parameter.grad = grad.clone()
+        after.step()
+    assert after.state[parameter]["master"].dtype == torch.float32
+    assert parameter[2, 0] < 1
+
+
+def test_stochastic_rounding_repeats_by_the_groups_seed():
+    def run(seed):
+        parameter = nn.Parameter(torch.ones(8, 64, dtype=torch.bfloat16))
+        optimiser = SparseAdam([parameter], lr=1e-3, seed=seed)
+        parameter.grad = torch.ones(8, 64, dtype=torch.bfloat16)
+        optimiser.step()
+        assert optimiser.state_dict()["param_groups"][0]["seed"] == seed
+        return parameter
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+
+
+def test_moments_of_any_strides_can_be_loaded():
+    parameter = nn.Parameter(torch.ones(6, 4))
+    optimiser = SparseAdam([parameter])
+    parameter.grad = sparse([1, 5], torch.ones(2, 4), (6, 4))
+    optimiser.step()
+    state = copy.deepcopy(optimiser.state_dict())
+    state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"].T.contiguous().T
+    twin = nn.Parameter(parameter.detach().clone())
+    other = SparseAdam([twin])
+    other.load_state_dict(state)
+    for each, one in ((parameter, optimiser), (twin, other)):
+        each.grad = sparse([1], torch.ones(1, 4), (6, 4))
+        one.step()
+    assert torch.equal(parameter, twin)
+
+
 def test_nan_stays_in_its_row():
     parameter = nn.Parameter(torch.ones(5, 3))
     values = torch.ones(2, 3)
@@ -208,6 +307,8 @@ def test_nan_stays_in_its_row():
         ({"eps": -1.0}, "eps is -1.0"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"rounding": "up"}, "rounding is 'up'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"lr": torch.tensor(0.1)}, "lr is a tensor"),
     ],
 )
 def test_bad_options(options, message):
@@ -218,6 +319,10 @@ def test_bad_options(options, message):
 def test_bad_parameters_and_state():
     with pytest.raises(TypeError, match="dense floating"):
         SparseAdam([torch.ones(3, 3, dtype=torch.complex64)])
+    square = nn.Parameter(torch.ones(3, 3))
+    square.grad = torch.ones(3, 3).to_sparse()
+    with pytest.raises(ValueError, match="1 sparse dimension, its rows, not 2"):
+        SparseAdam([square]).step()
     parameter = nn.Parameter(torch.ones(5, 3))
     optimiser = SparseAdam([parameter])
     parameter.grad = torch.ones(5, 3)

@@ -13,7 +13,7 @@ from pkm_triton.perf.presets import PAPER_SIZES, PRESETS, make_points
         ({"num_subkeys": 2**16}, "num_subkeys: 65536"),
         ({"tokens": -1}, "tokens: -1"),
         ({"keys": "round"}, "keys: 'round' is unknown; allowed: product, flat"),
-        ({"pass_name": "step"}, "pass: 'step'"),
+        ({"pass_name": "leap"}, "pass: 'leap'"),
         ({"implementation": "magic"}, "implementation: 'magic'"),
         ({"dtype": "int8"}, "dtype: 'int8'"),
         ({"reads": "normal"}, "reads: 'normal'"),

@@ -1,6 +1,7 @@
 import pytest
 
 from pkm_triton.perf import compare
+from pkm_triton.perf.plot_step import crossing, reads_per_slot, step_against_reads
 from pkm_triton.perf.plot_style import count_label, slots_label
 from pkm_triton.perf.records import Row
 from pkm_triton.perf.report import write_report
@@ -146,6 +147,31 @@ def test_implementations_of_one_memory_make_a_comparison_picture(tmp_path):
     ]
     names = [path.name for path in write_report(rows, tmp_path)]
     assert names == ["table.md", "comparison.md", "comparison.png", "comparison.svg"]
+
+
+def step_rows(ratio):
+    """Dense steps of 100 ms, sparse ones that take `ratio` of it at 1, 2, 4 times the tokens."""
+    tokens = (512, 1024, 2048)
+    dense = [a_row(100.0, tokens=each, pass_name="step") for each in tokens]
+    sparse = [
+        a_row(100.0 * part, tokens=each, pass_name="step", sparse_grad=True)
+        for each, part in zip(tokens, ratio, strict=True)
+    ]
+    return sparse, dense
+
+
+def test_dense_gradients_win_from_where_the_lines_cross():
+    assert reads_per_slot(a_row(tokens=2048)) == 2048 * 4 * 32 / 512**2 == 1
+    assert crossing(*step_rows((0.25, 0.5, 2.0))) == pytest.approx(2**-0.5)
+    assert crossing(*step_rows((0.1, 0.2, 0.3))) is None
+    assert crossing(*step_rows((2.0, 3.0, 4.0))) == pytest.approx(0.25)
+
+
+def test_steps_make_a_picture_of_reads(tmp_path):
+    sparse, dense = step_rows((0.25, 0.5, 2.0))
+    names = {path.name for path in write_report([*sparse, *dense], tmp_path)}
+    assert {"step_against_reads.png", "step_against_reads.svg"} <= names
+    assert step_against_reads([*sparse[:2], *dense[:2]]) is None
 
 
 def test_the_same_rows_make_the_same_pictures(size_rows, tmp_path):

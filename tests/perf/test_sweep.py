@@ -55,6 +55,43 @@ def test_every_kind_of_point_runs(reads, keys, implementation, pass_name, file):
     assert [row.status for row in file.rows] == ["ok"]
 
 
+@pytest.mark.parametrize("reads", ["layer", "zipf"])
+@pytest.mark.parametrize("sparse_grad", [False, True])
+@pytest.mark.parametrize("implementation", ["pkm_triton", "textbook"])
+def test_a_step_moves_the_parameters(implementation, sparse_grad, reads, file):
+    point = Point(
+        **TINY,
+        implementation=implementation,
+        pass_name="step",
+        sparse_grad=sparse_grad,
+        reads=reads,
+    )
+    workload = Workload(point)
+    before = [parameter.clone() for parameter in workload._memory.parameters()]
+    workload.whole.run()
+    for old, new in zip(before, workload._memory.parameters(), strict=True):
+        assert not torch.equal(old, new)
+    run_sweep([point], file, FAST)
+    assert [row.status for row in file.rows] == ["ok"]
+
+
+def test_a_fused_step_is_the_step(file):
+    points = [Point(**TINY, pass_name=name, sparse_grad=True) for name in ("step", "fused-step")]
+    workloads = [Workload(point) for point in points]
+    for workload in workloads:
+        workload.whole.run()
+    for one, other in zip(*(each._memory.parameters() for each in workloads), strict=True):
+        assert torch.equal(one, other)
+    textbook = Point(**TINY, implementation="textbook", pass_name="fused-step", sparse_grad=True)
+    run_sweep([*points, textbook], file, FAST)
+    assert [row.status for row in file.rows] == [
+        "ok", "ok", "skipped: pkm_triton alone keeps gradients as factors",
+    ]  # fmt: skip
+    step, fused = file.rows[:2]
+    assert fused.moved_bytes < step.moved_bytes
+    assert fused.peak_bytes > fused.working_bytes > 0
+
+
 @pytest.mark.parametrize("norm", ["batch", "layer", "none"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_norms_and_dtypes_run(norm, dtype, file):
@@ -181,6 +218,10 @@ def test_predicted_memory_is_not_below_what_is_needed(file):
             {"implementation": "textbook", "top_k": 64},
             {"pass_name": "forward+backward"},
             {"pass_name": "forward+backward", "sparse_grad": True},
+            {"pass_name": "step"},
+            {"pass_name": "step", "sparse_grad": True},
+            {"pass_name": "step", "sparse_grad": True, "implementation": "textbook"},
+            {"pass_name": "fused-step", "sparse_grad": True},
             {"implementation": "product-key-memory", "query_norm": "layer", "top_k": 64},
         )
         if kind.get("implementation") != "product-key-memory" or find_spec("product_key_memory")
