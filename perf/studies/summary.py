@@ -101,9 +101,10 @@ class Results:
         return found[-1] if found else None
 
     @property
-    def seeds(self) -> list[int]:
-        """All seeds among the rows."""
-        return sorted({row.seed for row in self.trained})
+    def seeds(self) -> tuple[int, int]:
+        """The fewest and the most seeds of a trial."""
+        counts = [len(cell.rows) for cell in self._cells.values()]
+        return min(counts), max(counts)
 
 
 def line(
@@ -176,11 +177,12 @@ def about(results: Results, base: Trial, *varied: str) -> str:
     if not results.trained:
         shared = describe(base, *varied, "steps", "lr")
         return f"{shared[0].upper()}{shared[1:]}. Only speed was measured."
-    shared, seeds = describe(base, *varied), results.seeds
+    shared, (fewest, most) = describe(base, *varied), results.seeds
     parts = [f"{shared[0].upper()}{shared[1:]}."]
     if base.task == "text":
         parts.append(f"Text: {base.text}, {base.text_size / 1e6:.1f} MB.")
-    parts.append(f"{len(seeds)} seed{'s' * (len(seeds) != 1)}.")
-    if len(seeds) > 1:
+    range_of = "" if fewest == most else f"{fewest} to "
+    parts.append(f"{range_of}{most} seed{'s' * (most > 1)} a point.")
+    if most > 1:
         parts.append("Means; ± and bands: half the distance, and the span, from lowest to highest.")
     return " ".join(parts)
