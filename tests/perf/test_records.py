@@ -1,3 +1,4 @@
+import errno
 import dataclasses
 import math
 
@@ -99,7 +100,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     before = file.path.read_bytes()
 
     def full(_):
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space"):
