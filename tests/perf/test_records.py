@@ -1,5 +1,5 @@
-import errno
 import dataclasses
+import errno
 import math
 
 import pandas as pd
