@@ -11,84 +11,81 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Lookup, choose_lookup
-from .lists import merge_lists, score_of
+from .launch import choose_lists, choose_splits, list_programs
+from .lists import bits_of, index_of, score_of
 from .selection import select
+from .split_topk import NOTHING, pair_index, pair_score, split_topk
 
 
-@triton.jit(do_not_specialize=["num_tokens", "splits"])
-def select_kernel(
+@triton.jit(do_not_specialize=["num_tokens"])
+def flat_key_topk_kernel(
     query_ptr,  # [T, H, D]
     keys_ptr,  # [H, K, D]
-    part_ptr,  # [blocks of T, H, 2 ** LOG_MERGE + 1, ROWS], entries
-    list_ptr,  # [programs, 2 ** LOG_LIST + 1, ROWS], entries
-    num_tokens, num_keys, splits, top_k,
-    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr, WARPS: tl.constexpr, LOG_LIST: tl.constexpr, LOG_SHORT: tl.constexpr,
-    LOG_TOP: tl.constexpr, LOG_MERGE: tl.constexpr, FULL: tl.constexpr, SAMPLE: tl.constexpr,
-    ROUNDS: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A program owns ROWS tokens of one head and one of `splits` stretches of its keys."""
-    block = tl.program_id(0)
-    head = tl.program_id(1)
-    split = tl.program_id(2)
-    program = (block * H + head).to(tl.int64)
-    part_ptr += program * ((2**LOG_MERGE + 1) * ROWS) + split * top_k * ROWS
-    list_ptr += (program * splits + split) * ((2**LOG_LIST + 1) * ROWS)
-    token = block * ROWS
-    row = tl.arange(0, ROWS)[:, None]
-    # 64 bits for where the tile starts; inside it, 32 are enough.
-    rows_ptr = query_ptr + (token.to(tl.int64) * H + head) * D
-    rows_ptr += row * (H * D) + tl.arange(0, BLOCK_D)[None, :]
-    first_key = (split.to(tl.int64) * num_keys // splits).to(tl.int32)
-    end = ((split + 1).to(tl.int64) * num_keys // splits).to(tl.int32)
-    select(
-        rows_ptr, num_tokens - token,
-        keys_ptr + head.to(tl.int64) * num_keys * D, list_ptr, part_ptr, first_key, end, top_k,
-        D, ROWS, TILE, BLOCK_D, WARPS, LOG_LIST, LOG_SHORT, LOG_TOP, FULL, SAMPLE,
-        ROUNDS, EVEN, UPCAST, PRECISION,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_tokens", "splits"])
-def merge_kernel(
-    part_ptr,  # [blocks of T, H, 2 ** LOG_MERGE + 1, ROWS], entries
     scores_ptr,  # [T, H, k]
     slots_ptr,  # [T, H, k]
-    num_tokens, splits, top_k, H: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    LOG_MERGE: tl.constexpr, LOG_TOP: tl.constexpr,
+    list_ptr,  # [programs, 2 ** LOG_LIST + 1, ROWS], entries
+    num_tokens, num_keys, TOP_K: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr,
+    STAGES: tl.constexpr, LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr, PARTS: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr, GROWTH: tl.constexpr, EVEN: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program owns ROWS tokens of one head: it merges the stretches and writes the result."""
-    block = tl.program_id(0)
-    head = tl.program_id(1)
-    part_ptr += (block * H + head).to(tl.int64) * ((2**LOG_MERGE + 1) * ROWS)
-    merge_lists(part_ptr, splits, top_k, ROWS, WARPS, LOG_MERGE, LOG_TOP)
-    rank = tl.arange(0, 2**LOG_TOP)[:, None]
-    row = tl.arange(0, ROWS)[None, :]
-    token = block.to(tl.int64) * ROWS + row
-    mask = (rank < top_k) & (token < num_tokens)
-    best = tl.load(part_ptr + row)
-    entry = tl.load(part_ptr + rank * ROWS + row, mask=rank < top_k, other=0)
-    # One NaN among a row's scores came first, and makes NaN of them all.
-    score = tl.where(score_of(best) != score_of(best), float("nan"), score_of(entry))
-    place = (token * H + head) * top_k + rank
-    tl.store(scores_ptr + place, score, mask=mask)
-    tl.store(slots_ptr + place, (entry & 0x7FFFFFFF).to(tl.int32), mask=mask)
+    """A program owns ROWS tokens of one head at a time, and its lists."""
+    list_ptr += tl.program_id(0).to(tl.int64) * ((2**LOG_LIST + 1) * ROWS)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
+    for block in tl.range(
+        tl.program_id(0),
+        tl.cdiv(num_tokens, ROWS) * H,
+        tl.num_programs(0),
+        num_stages=1,
+        disable_licm=True,
+    ):
+        head = block % H
+        token = block // H * ROWS
+        num_rows = num_tokens - token
+        # 64 bits for where the tile starts; inside it, 32 are enough.
+        first = tl.cast(token, tl.int64) * H + head
+        select(
+            query_ptr + ((first * D + row.to(tl.int64) * (H * D)) + d), num_rows, keys_ptr,
+            tl.cast(head, tl.int64) * num_keys * D, list_ptr, 0, num_keys, TOP_K, D, ROWS, TILE,
+            BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_TOP, PARTS, SAMPLE, ROUNDS, FIRST_CUT, GROWTH,
+            EVEN,
+            UPCAST, PRECISION,
+        )  # fmt: skip
+        rank = tl.arange(0, 2**LOG_TOP)[None, :]
+        mask = (rank < TOP_K) & (row < num_rows)
+        best = score_of(tl.load(list_ptr + row))
+        entry = tl.load(list_ptr + rank * ROWS + row, mask=mask, other=0)
+        # One NaN among a row's scores came first, and makes NaN of them all.
+        score = tl.where(best != best, float("nan"), score_of(entry))
+        place = (first * TOP_K + row.to(tl.int64) * (H * TOP_K)) + rank
+        tl.store(scores_ptr + place, score, mask=mask)
+        tl.store(slots_ptr + place, index_of(entry), mask=mask)
+        tl.debug_barrier()
 
 
-def select_parts(query: Tensor, keys: Tensor, top_k: int, choice: Lookup) -> Tensor:
-    """The top_k best of each stretch of the keys, as the lists that `merge_kernel` reads."""
-    num_tokens, heads, query_dim = query.shape
-    blocks = triton.cdiv(num_tokens, choice.rows)
-    areas = (blocks * heads, blocks * heads * choice.splits)
-    part = query.new_empty(areas[0], 2**choice.log_merge + 1, choice.rows, dtype=torch.int64)
-    lists = query.new_empty(areas[1], 2**choice.log_list + 1, choice.rows, dtype=torch.int64)
-    select_kernel[(blocks, heads, choice.splits)](
-        query, keys, part, lists, num_tokens, keys.shape[1], choice.splits, top_k,
-        H=heads, D=query_dim, LOG_MERGE=choice.log_merge, **choice.select_constants(),
-        **choice.options(),
-    )  # fmt: skip
-    return part
+@triton.jit
+def merge_splits_kernel(
+    part_ptr,  # [T * H, splits, TOP], int64
+    scores_ptr,  # [T * H, k]
+    slots_ptr,  # [T * H, k]
+    splits, TOP_K: tl.constexpr, TOP: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """A program owns one token and head: it merges the best of all stretches."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, SIZE)
+    mask = place < splits * TOP
+    best = tl.topk(tl.load(part_ptr + row * splits * TOP + place, mask=mask, other=NOTHING), TOP)
+    rank = tl.arange(0, TOP)
+    # NaN is the best of all, and makes NaN of them all.
+    spoilt = tl.max(bits_of(best), 0) == 0x7FFFFFFF
+    place = row * TOP_K + rank
+    tl.store(
+        scores_ptr + place, tl.where(spoilt, float("nan"), pair_score(best)), mask=rank < TOP_K
+    )
+    tl.store(slots_ptr + place, pair_index(best), mask=rank < TOP_K)
 
 
 def flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -103,17 +100,26 @@ def flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
         scores [T, H, top_k], float32, descending, and slots [T, H, top_k], int32. A NaN among a
         query's scores makes all its returned scores NaN.
     """
-    num_tokens, heads, _ = query.shape
+    num_tokens, heads, query_dim = query.shape
+    num_keys = keys.shape[1]
     scores = query.new_empty(num_tokens, heads, top_k, dtype=torch.float32)
     slots = query.new_empty(num_tokens, heads, top_k, dtype=torch.int32)
     if num_tokens == 0:
         return scores, slots
-    choice = choose_lookup(query, keys, top_k)
-    part = select_parts(query, keys, top_k, choice)
-    merge_kernel[(triton.cdiv(num_tokens, choice.rows), heads)](
-        part, scores, slots, num_tokens, choice.splits, top_k, H=heads, ROWS=choice.rows,
-        WARPS=choice.warps, LOG_MERGE=choice.log_merge, LOG_TOP=choice.log_top,
-        **choice.options(),
+    few = choose_splits(query, keys, top_k)
+    if few is not None:
+        part = split_topk(query, keys, few)
+        merge_splits_kernel[(num_tokens * heads,)](
+            part, scores, slots, few.splits, TOP_K=top_k, TOP=few.top, SIZE=few.merged,
+            num_warps=few.merge_warps,
+        )  # fmt: skip
+        return scores, slots
+    many = choose_lists(query, keys, top_k)
+    programs = list_programs(query, many.rows)
+    lists = query.new_empty(programs, 2**many.log_list + 1, many.rows, dtype=torch.int64)
+    flat_key_topk_kernel[(programs,)](
+        query, keys, scores, slots, lists, num_tokens, num_keys, TOP_K=top_k, H=heads,
+        D=query_dim, **many.constants(), **many.options(),
     )  # fmt: skip
     return scores, slots
 
@@ -128,5 +134,6 @@ def shipped_configurations() -> dict[str, Callable[[], object]]:
 
     return {
         "flat many bfloat16": call(16384, torch.bfloat16),
+        "flat many float32": call(16384, torch.float32),
         "flat few bfloat16": call(1, torch.bfloat16),
     }

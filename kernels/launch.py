@@ -1,5 +1,6 @@
 """The lookups' shapes: tile sizes, warps and programs, by sizes and dtypes."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +9,12 @@ from torch import Tensor
 
 # Steps of the bisection that bounds a row's k-th best.
 ROUNDS = 6
-# A lookup splits the keys of a head over at most this many programs.
-MAX_SPLITS = 16
 # Beyond this many reads of a head, or pairs of ranks, sorting needs more than a program has.
 MAX_TOP_K = 4096
 MAX_PAIRS = 8192
+# The most keys of a stretch, and entries of all stretches, that are sorted in registers.
+MAX_SORTED = 256
+MAX_MERGED = 2048
 
 
 def log2_ceil(n: int) -> int:
@@ -20,28 +22,116 @@ def log2_ceil(n: int) -> int:
     return max(0, (n - 1).bit_length())
 
 
-def programs_at_once(device: torch.device) -> int:
-    """Programs to start for a device, of which each has one or two on every multiprocessor."""
+@dataclass(frozen=True)
+class Chip:
+    """What shapes depend on: the architecture, multiprocessors, and a program's shared bytes."""
+
+    architecture: str
+    multiprocessors: int
+    shared: int
+
+
+# What the interpreter takes shapes for: small, for its programs run one after another.
+INTERPRETER = Chip("sm_90", 16, 227 << 10)
+
+
+def chip(device: torch.device) -> Chip:
+    """The chip of a device."""
     if device.type != "cuda":
-        return 4  # The interpreter runs one after another.
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+        return INTERPRETER
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _chip(index)
 
 
-def on_amd() -> bool:
-    """Whether the kernels are for AMD's GPUs."""
-    return torch.version.hip is not None
+@functools.cache
+def _chip(index: int) -> Chip:
+    properties = torch.cuda.get_device_properties(index)
+    count = properties.multi_processor_count
+    if torch.version.hip is not None:
+        return Chip(properties.gcnArchName.split(":")[0], count, 64 << 10)
+    major, minor = torch.cuda.get_device_capability(index)
+    return Chip(f"sm_{major}{minor}", count, properties.shared_memory_per_block_optin)
+
+
+def scores_in_float32(query: Tensor, keys: Tensor) -> bool:
+    """Whether to score in float32: what is so, or mixed, or for the interpreter."""
+    # Its products of bfloat16 are wrong.
+    interpreted = triton.knobs.runtime.interpret
+    return interpreted or query.dtype != keys.dtype or query.dtype == torch.float32
+
+
+def precision(on: Chip) -> str:
+    """How to multiply float32: as exactly as tensor cores can, three products for one."""
+    return "tf32x3" if on.architecture.startswith("sm_") else "ieee"
+
+
+def block_of_dim(dim: int, most: int) -> int:
+    """Elements of a query to score at a time: a power of two that tensor cores take."""
+    return max(16, min(1 << log2_ceil(dim), most))
 
 
 @dataclass(frozen=True)
-class Lookup:
-    """How a lookup runs. All but `splits` are compile-time constants.
+class Splits:
+    """How a lookup of few queries runs (see `split_topk`).
+
+    rows: queries of a program. tile, block_d: keys and elements of them scored at a time. top: of
+    the sorted best. splits: programs that share a head's keys. warps: of a program. merged,
+    merge_warps: entries of all splits, and warps that merge them. upcast: whether to score in
+    float32. precision: of float32 products.
+    """
+
+    rows: int
+    tile: int
+    block_d: int
+    top: int
+    splits: int
+    warps: int
+    merged: int
+    merge_warps: int
+    upcast: bool
+    precision: str
+
+
+def choose_splits(query: Tensor, keys: Tensor, top_k: int) -> Splits | None:
+    """The shape for few queries [T, H, D] and keys [..., K, D]; None for many."""
+    num_tokens, heads, dim = query.shape
+    num_keys = keys.shape[-2]
+    top = 1 << max(4, log2_ceil(top_k))
+    on = chip(query.device)
+    at_once = on.multiprocessors
+    if 2 * triton.cdiv(num_tokens, 64) * heads >= at_once or top > MAX_SORTED:
+        return None
+    upcast = scores_in_float32(query, keys)
+    tile = max(64, top)
+    blocks = triton.cdiv(num_tokens, 16) * heads
+    splits = min(4 * at_once // blocks, triton.cdiv(num_keys, tile), MAX_MERGED // top)
+    splits = max(1, splits)
+    merged = 1 << log2_ceil(splits * top)
+    return Splits(
+        rows=16,
+        tile=tile,
+        block_d=block_of_dim(dim, 64 if upcast else 128),
+        top=top,
+        splits=splits,
+        warps=4 if tile < 128 else 8,
+        merged=merged,
+        merge_warps=max(1, min(8, merged // 128)),
+        upcast=upcast,
+        precision=precision(on),
+    )
+
+
+@dataclass(frozen=True)
+class Lists:
+    """How a lookup of many queries runs (see `selection`).
 
     rows: queries of a program. tile, block_d: keys and elements of them scored at a time.
-    warps: of a program. log_list, log_short, log_top: of the lengths of a list, of one that sorts
-    quickly, and of its sorted part. full: length from which a list is cut back. log_merge: of the
-    length of a list of all splits. sample: keys looked at first for a bound. splits: programs
-    that share a head's keys. even: whether tiles fill the keys. upcast: whether to score in
-    float32. precision: of float32 products.
+    warps, stages, registers: of a program, of its loads, and of a thread. log_list, log_top: of
+    the lengths of a list and of its sorted part.
+    sample, parts: keys looked at first for a bound, and the parts they are taken from.
+    first_cut, growth: keys after which the lists are cut back to the best first, and twice the
+    factor from one cut to the next. even: whether tiles fill the keys. upcast: whether to score
+    in float32. precision: of float32 products.
     """
 
     rows: int
@@ -49,29 +139,32 @@ class Lookup:
     block_d: int
     warps: int
     log_list: int
-    log_short: int
-    full: int
     log_top: int
-    log_merge: int
+    stages: int
+    registers: int
+    parts: int
     sample: int
-    splits: int
+    first_cut: int
+    growth: int
     even: bool
     upcast: bool
     precision: str
 
-    def select_constants(self) -> dict[str, int | bool | str]:
+    def constants(self) -> dict[str, int | bool | str]:
         """The constants of `selection.select`."""
         return {
             "BLOCK_D": self.block_d,
             "ROWS": self.rows,
             "TILE": self.tile,
             "WARPS": self.warps,
+            "STAGES": self.stages,
             "LOG_LIST": self.log_list,
-            "LOG_SHORT": self.log_short,
             "LOG_TOP": self.log_top,
-            "FULL": self.full,
+            "PARTS": self.parts,
             "SAMPLE": self.sample,
             "ROUNDS": ROUNDS,
+            "FIRST_CUT": self.first_cut,
+            "GROWTH": self.growth,
             "EVEN": self.even,
             "UPCAST": self.upcast,
             "PRECISION": self.precision,
@@ -80,58 +173,68 @@ class Lookup:
     def options(self) -> dict[str, int | bool]:
         """The compiler's options."""
         options = {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": True}
-        if not on_amd():
-            # Two programs of 8 warps, or one of 16, on a multiprocessor.
-            options["maxnreg"] = 128
+        if self.registers:
+            options["maxnreg"] = self.registers
         return options
 
 
-def choose_lookup(query: Tensor, keys: Tensor, top_k: int) -> Lookup:
-    """The shape for query [T, H, D] and keys [..., K, D].
+def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
+    """The shape for many queries [T, H, ...] and keys [..., K, D].
 
-    Many queries fill the chip with tall tiles, that read the keys seldom; few, by splitting keys.
+    Tall tiles read the keys seldom; they are as tall as leaves no multiprocessor idle, and as
+    shared memory holds.
     """
-    num_tokens, heads, dim = query.shape
-    num_keys = keys.shape[-2]
+    num_tokens, heads, _ = query.shape
+    num_keys, dim = keys.shape[-2:]
     if top_k > MAX_TOP_K:
         raise ValueError(f"top_k is {top_k}, but the kernels sort at most {MAX_TOP_K} keys a head")
-    # The interpreter's products of bfloat16 are wrong.
-    mixed = query.dtype != keys.dtype or query.dtype == torch.float32
-    upcast = mixed or triton.knobs.runtime.interpret
+    upcast = scores_in_float32(query, keys)
     log_top = max(4, log2_ceil(top_k))
-    tile = 128 if log_top == 6 else 64
-    tall = num_tokens * heads >= 64 * programs_at_once(query.device) and log_top <= 6
-    if tall:
-        # 256 rows of a query take 128 KiB of shared memory, of which AMD's have 64.
-        rows = 256 if log_top < 6 and not upcast and not on_amd() else 64
-        warps = rows // 16
-        splits = 1
+    size = 4 if upcast else query.element_size()
+    on = chip(query.device)
+    tile, stages, registers = 64, 1, 255
+    if not on.architecture.startswith("sm_"):
+        rows, registers = 64, 0
+    elif on.architecture == "sm_90" and size == 2 and log_top < 7:
+        # Sixteen warps on a multiprocessor: a program of 16, or two of 8.
+        rows, registers = 128, 128
+        if triton.cdiv(num_tokens, 256) * heads >= on.multiprocessors:
+            rows, stages = 256, 2
     else:
-        rows, warps = 16, 4
-        blocks = triton.cdiv(num_tokens, rows) * heads
-        splits = min(programs_at_once(query.device) // blocks, MAX_SPLITS)
-        splits = max(1, min(splits, num_keys // max(top_k, tile)))
-    block_d = max(16, min(1 << log2_ceil(dim), 256))
-    if upcast:
-        block_d = 32
-    elif dim > 256:
-        block_d = 128
-    sample = 512
-    log_list = max(8, 1 + log2_ceil(2**log_top + tile))
-    log_short = max(6, log_top + 1) + (num_keys > sample)
-    return Lookup(
+        rows = 128
+    block_d = block_of_dim(dim, 64 if size == 4 else 256)
+    while block_d > 16 and (rows + stages * tile) * block_d * size > on.shared:
+        block_d //= 2
+    # Few of a small codebook are worth a bound, but not after many of them.
+    sample = 512 if num_keys <= 512 else 1024
+    if log_top < 6:
+        cut, growth = (1664, 5) if sample == 1024 else (1024, 5)
+    else:
+        cut, growth = 512, 3
+    return Lists(
         rows=rows,
         tile=tile,
         block_d=block_d,
-        warps=warps,
-        log_list=log_list,
-        log_short=log_short,
-        full=3 * 2**log_short // 4 if num_keys > sample else 2**log_list - tile,
+        warps=rows // 16,
+        log_list=max(8, 1 + log2_ceil(2**log_top + tile)),
         log_top=log_top,
-        log_merge=log_top + 4,
+        stages=stages,
+        registers=registers,
+        parts=1 if log_top < 6 else 2 ** (log_top - 5) if log_top < 8 else 0,
         sample=sample,
-        splits=splits,
-        even=splits == 1 and num_keys % tile == 0,
+        first_cut=cut,
+        growth=growth,
+        even=num_keys % tile == 0,
         upcast=upcast,
-        precision="ieee",
+        precision=precision(on),
     )
+
+
+def list_programs(query: Tensor, rows: int) -> int:
+    """Programs for the blocks of query [T, H, ...]: as many as run at once, all equally busy.
+
+    Each has its lists in memory, so more would take more of it.
+    """
+    blocks = triton.cdiv(query.shape[0], rows) * query.shape[1]
+    at_once = chip(query.device).multiprocessors * (256 // rows)
+    return triton.cdiv(blocks, triton.cdiv(blocks, at_once))

@@ -8,20 +8,20 @@ LIST of a list is its head: a bound (see `ordered`) that the k best reach, above
 import triton
 import triton.language as tl
 
-from .sorting import (
-    lists_a_warp,
-    sort_ranks,
-    sort_rows,
-    sort_top,
-    warps_of_lists,
-    wide_each,
-)
+from .sorting import keys_each, lists_a_warp, ranks, sort_rows, sort_top, warps_of_lists
 
 
 @triton.jit
 def ordered(bits):
     """The int32 that orders as the float32 with these bits does; its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def entry_of(score, index):
+    """The entry of a score and its key, which is not negative."""
+    bits = score.to(tl.int32, bitcast=True)
+    return (bits.to(tl.int64) << 32) | index.to(tl.uint32, bitcast=True).to(tl.int64)
 
 
 @triton.jit
@@ -37,6 +37,25 @@ def score_of(entry):
 
 
 @triton.jit
+def index_of(entry):
+    """An entry's key."""
+    return entry.to(tl.int32)
+
+
+@triton.jit
+def store_head(list_ptr, bound, count, row, ROWS: tl.constexpr, LOG_LIST: tl.constexpr):
+    """Store the heads of the lists of some rows: what their best reach, and their lengths."""
+    head = ordered(bound.to(tl.int32, bitcast=True)).to(tl.int64) << 32
+    tl.store(list_ptr + 2**LOG_LIST * ROWS + row, head | count.to(tl.int64))
+
+
+@triton.jit
+def load_bits(entry_ptr, mask):
+    """The bits of the scores of entries, their upper halves; -inf's where masked."""
+    return tl.load(entry_ptr.to(tl.pointer_type(tl.int32)) + 1, mask=mask, other=-0x800000)
+
+
+@triton.jit
 def ordered_pair(bits, index):
     """The int64 that orders by score, NaN first, then by lower index."""
     key = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, ordered(bits))
@@ -44,81 +63,129 @@ def ordered_pair(bits, index):
 
 
 @triton.jit
-def narrow_key(bits, bound, mask, slot, LOG_SIZE: tl.constexpr):
-    """An int32 that orders by score, then by lower slot, and whether it does so exactly.
+def narrow_key(bits, bound, LOG_SIZE: tl.constexpr):
+    """An int32 that orders by score, then by lower rank, and whether it does so exactly.
 
-    It holds how far a score is above its list's bound, as far as that fits above the slot's
-    LOG_SIZE bits. Scores below the bound, of which the k best do without, are all one.
+    bits, in sort form, of scores; bound, of which enough are above, `ordered`. The bits of a key
+    but for the lowest LOG_SIZE, its rank's, say how far its score is above the bound, as far as
+    that fits. Scores below the bound are all one. Not exact where a score is NaN or too far above.
     """
-    above = ordered(bits) - bound
-    wanted = mask & (ordered(bits) >= bound)
+    EACH: tl.constexpr = bits.shape[0]
+    LANES: tl.constexpr = bits.shape[2]
+    own = EACH - 1 - tl.arange(0, EACH)[:, None, None, None]
+    lane = EACH * (LANES - 1 - tl.arange(0, LANES)[None, None, :, None])
+    value = ordered(bits)
+    # From the least int32 on. The order of the sums is for the sake of registers.
+    key = ((value << LOG_SIZE) + (lane - (bound << LOG_SIZE) + -0x80000000)) ^ own
+    key = tl.where(value >= bound, key, -0x80000000)
     # Compared unsigned, a difference beyond int32 is too large as well.
-    exact = ~wanted | (above.to(tl.uint32, bitcast=True) < 2 ** (31 - LOG_SIZE))
-    key = tl.where(wanted, above, -1) << LOG_SIZE
-    return key | (2**LOG_SIZE - 1 - slot), exact
+    above = tl.maximum(tl.max(value, 0, keep_dims=True), bound) - bound
+    exact = above.to(tl.uint32, bitcast=True) < 2 ** (32 - LOG_SIZE)
+    # A NaN may have either sign.
+    largest = tl.max(bits & 0x7FFFFFFF, 0, keep_dims=True)
+    return key, exact & (largest <= 0x7F800000)
 
 
 @triton.jit
-def narrow_slot(key, LOG_SIZE: tl.constexpr):
-    """The slot in a key of `narrow_key`."""
+def narrow_rank(key, LOG_SIZE: tl.constexpr):
+    """The rank in a key of `narrow_key`."""
     return 2**LOG_SIZE - 1 - (key & (2**LOG_SIZE - 1))
 
 
 @triton.jit
-def sort_wide(
-    list_ptr, top_ptr, first_row, top_k, ROWS: tl.constexpr, HIGH: tl.constexpr,
-    LOW: tl.constexpr, EACH: tl.constexpr, LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr,
-):  # fmt: skip
-    """Sort some lists as `sort_lists` does, whatever they hold."""
-    row = first_row + sort_rows(HIGH, LOW)
-    length = tl.load(list_ptr + 2**LOG_LIST * ROWS + row).to(tl.int32)
-    slot = sort_ranks(EACH, 2**LOG_LIST // EACH)
-    entry = tl.load(list_ptr + slot * ROWS + row, mask=slot < length, other=0)
-    key = ordered_pair(bits_of(entry), entry & 0x7FFFFFFF)
-    key = sort_top(tl.where(slot < length, key, -0x8000000000000000), LOG_LIST, LOG_TOP)
-    best = (ordered(bits_of(key)).to(tl.int64) << 32) | (0x7FFFFFFF - (key & 0x7FFFFFFF))
-    rank = sort_ranks(EACH, 2**LOG_TOP // EACH)
-    tl.debug_barrier()
-    tl.store(top_ptr + rank * ROWS + row, best, mask=rank < top_k)
+def narrow_score(key, bound, LOG_SIZE: tl.constexpr):
+    """The score in a key of `narrow_key`."""
+    above = (key ^ -0x80000000).to(tl.uint32, bitcast=True) >> LOG_SIZE
+    return ordered(above.to(tl.int32, bitcast=True) + bound).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def sort_lists(
-    list_ptr, top_ptr, top_k, ROWS: tl.constexpr, WARPS: tl.constexpr, LOG_LIST: tl.constexpr,
-    LOG_SHORT: tl.constexpr, LOG_TOP: tl.constexpr,
+def slot_pointers(
+    list_ptr, first_row, ROWS: tl.constexpr, EACH: tl.constexpr, LANES: tl.constexpr,
+    HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Copy the top_k best entries of each list, in order, to the same row at top_ptr.
+    """Where the slots of some lists are, in sort form."""
+    lane = tl.arange(0, LANES)[None, None, :, None]
+    own = tl.arange(0, EACH)[:, None, None, None]
+    # A thread's slots are a constant apart: one address, and offsets that cost nothing.
+    return (list_ptr + (lane * (EACH * ROWS) + first_row + sort_rows(HIGH, LOW))) + own * ROWS
 
-    top_k <= 2 ** LOG_TOP; top_ptr may be list_ptr. Nearly always the lists fit 2 ** LOG_SHORT
-    entries, and their scores lie so near each other that an int32 orders them exactly, four times
-    cheaper to sort than the int64 that always does.
-    """
-    EACH: tl.constexpr = 8
+
+@triton.jit
+def sort_wide(
+    list_ptr, first_row, TOP_K: tl.constexpr, ROWS: tl.constexpr, HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+    EACH: tl.constexpr, LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr,
+):  # fmt: skip
+    """Sort some lists as `sort_lists` does, whatever they hold."""
+    LANES: tl.constexpr = 2**LOG_LIST // EACH
+    TOP_LANES: tl.constexpr = 2**LOG_TOP // EACH
+    row = first_row + sort_rows(HIGH, LOW)
+    length = index_of(tl.load(list_ptr + 2**LOG_LIST * ROWS + row))
+    lane = tl.arange(0, LANES)[None, None, :, None]
+    valid = tl.arange(0, EACH)[:, None, None, None] < length - EACH * lane
+    place = slot_pointers(list_ptr, first_row, ROWS, EACH, LANES, HIGH, LOW)
+    entry = tl.load(place, mask=valid, other=0)
+    key = ordered_pair(bits_of(entry), index_of(entry))
+    key = sort_top(tl.where(valid, key, -0x8000000000000000), LOG_LIST, LOG_TOP)
+    best = (ordered(bits_of(key)).to(tl.int64) << 32) | (0x7FFFFFFF - (key & 0x7FFFFFFF))
+    # All of a list is read before its start is written.
+    tl.debug_barrier()
+    place = slot_pointers(list_ptr, first_row, ROWS, EACH, TOP_LANES, HIGH, LOW)
+    tl.store(place, best, mask=ranks(EACH, TOP_LANES) < TOP_K)
+
+
+@triton.jit
+def sort_narrow(
+    list_ptr, first_row, TOP_K: tl.constexpr, ROWS: tl.constexpr, LOG_LIST: tl.constexpr,
+    LOG_SHORT: tl.constexpr, LOG_TOP: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """Sort HIGH * LOW lists by narrow keys, if that is exact for all of them; whether it was."""
+    EACH: tl.constexpr = keys_each(LOG_TOP, 32)
     LANES: tl.constexpr = 2**LOG_SHORT // EACH
-    LOW: tl.constexpr = lists_a_warp(ROWS, LANES)
-    HIGH: tl.constexpr = warps_of_lists(ROWS // LOW, WARPS, LANES * LOW)
-    WIDE_EACH: tl.constexpr = wide_each(LOG_LIST)
-    WIDE_LOW: tl.constexpr = lists_a_warp(ROWS, 2**LOG_LIST // WIDE_EACH)
-    WIDE_HIGH: tl.constexpr = warps_of_lists(
-        HIGH * LOW // WIDE_LOW, WARPS, 2**LOG_LIST // WIDE_EACH * WIDE_LOW
-    )
-    slot = sort_ranks(EACH, LANES)
-    rank = sort_ranks(EACH, 2**LOG_TOP // EACH)
-    for first_row in tl.range(0, ROWS, HIGH * LOW, num_stages=1, disable_licm=True):
-        row = first_row + sort_rows(HIGH, LOW)
-        head = tl.load(list_ptr + 2**LOG_LIST * ROWS + row)
-        length = head.to(tl.int32)
-        mask = slot < length
-        entry = tl.load(list_ptr + slot * ROWS + row, mask=mask, other=0)
-        key, exact = narrow_key(bits_of(entry), bits_of(head), mask, slot, LOG_SHORT)
-        exact = exact & (length <= 2**LOG_SHORT)
-        if tl.min(exact.to(tl.int32)) != 0:
-            slots = narrow_slot(sort_top(key, LOG_SHORT, LOG_TOP), LOG_SHORT)
-            best = tl.load(list_ptr + slots * ROWS + row)
-            # All of a list is read before its start is written.
-            tl.debug_barrier()
-            tl.store(top_ptr + rank * ROWS + row, best, mask=rank < top_k)
-        else:
+    TOP_LANES: tl.constexpr = 2**LOG_TOP // EACH
+    row = first_row + sort_rows(HIGH, LOW)
+    head = tl.load(list_ptr + 2**LOG_LIST * ROWS + row)
+    length = index_of(head)
+    place = slot_pointers(list_ptr, first_row, ROWS, EACH, LANES, HIGH, LOW)
+    lane = tl.arange(0, LANES)[None, None, :, None]
+    mask = tl.arange(0, EACH)[:, None, None, None] < length - EACH * lane
+    key, exact = narrow_key(load_bits(place, mask), bits_of(head), LOG_SHORT)
+    exact = exact & (length <= 2**LOG_SHORT)
+    all_exact = tl.min(exact.to(tl.int32)) != 0
+    if all_exact:
+        slot = narrow_rank(sort_top(key, LOG_SHORT, LOG_TOP), LOG_SHORT)
+        best = tl.load((list_ptr + row) + slot * ROWS)
+        # All of a list is read before its start is written.
+        tl.debug_barrier()
+        into = slot_pointers(list_ptr, first_row, ROWS, EACH, TOP_LANES, HIGH, LOW)
+        tl.store(into, best, mask=ranks(EACH, TOP_LANES) < TOP_K)
+    return all_exact
+
+
+@triton.jit
+def sort_longer(
+    list_ptr, first_list, TOP_K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr, LISTS: tl.constexpr,
+):  # fmt: skip
+    """Sort LISTS lists as `sort_lists` does, however long and whatever they hold."""
+    LOG_LONG: tl.constexpr = min(LOG_LIST, max(7, LOG_TOP + 2))
+    LANES: tl.constexpr = max(1, 2**LOG_LONG // keys_each(LOG_TOP, 32))
+    LOW: tl.constexpr = lists_a_warp(LISTS, LANES)
+    HIGH: tl.constexpr = warps_of_lists(LISTS // LOW, WARPS, LANES * LOW)
+    WIDE_EACH: tl.constexpr = keys_each(LOG_TOP, 8)
+    WIDE_LANES: tl.constexpr = 2**LOG_LIST // WIDE_EACH
+    WIDE_LOW: tl.constexpr = lists_a_warp(HIGH * LOW, WIDE_LANES)
+    WIDE_HIGH: tl.constexpr = warps_of_lists(HIGH * LOW // WIDE_LOW, WARPS, WIDE_LANES * WIDE_LOW)
+    for first_row in tl.range(
+        first_list, first_list + LISTS, HIGH * LOW, num_stages=1, disable_licm=True
+    ):
+        exact = False
+        if LOG_LONG <= 8:
+            exact = sort_narrow(
+                list_ptr, first_row, TOP_K, ROWS, LOG_LIST, LOG_LONG, LOG_TOP, HIGH, LOW
+            )  # fmt: skip
+        if not exact:
             for wide_row in tl.range(
                 first_row,
                 first_row + HIGH * LOW,
@@ -127,23 +194,71 @@ def sort_lists(
                 disable_licm=True,
             ):
                 sort_wide(
-                    list_ptr, top_ptr, wide_row, top_k, ROWS, WIDE_HIGH, WIDE_LOW, WIDE_EACH,
-                    LOG_LIST, LOG_TOP,
+                    list_ptr, wide_row, TOP_K, ROWS, WIDE_HIGH, WIDE_LOW, WIDE_EACH, LOG_LIST,
+                    LOG_TOP,
                 )  # fmt: skip
 
 
 @triton.jit
-def merge_lists(
-    list_ptr, parts, top_k, ROWS: tl.constexpr, WARPS: tl.constexpr, LOG_LIST: tl.constexpr,
-    LOG_TOP: tl.constexpr,
+def sort_lists(
+    list_ptr, longest, TOP_K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr,
 ):  # fmt: skip
-    """Sort lists that are each the concatenation of `parts` sorted lists of top_k entries."""
-    row = tl.arange(0, ROWS)
-    bound = tl.full([ROWS], float("-inf"), tl.float32)
-    for part in tl.range(1, parts + 1, num_stages=1, disable_licm=True):
-        bound = tl.maximum(bound, score_of(tl.load(list_ptr + (part * top_k - 1) * ROWS + row)))
-    head = ordered(bound.to(tl.int32, bitcast=True)).to(tl.int64) << 32
-    tl.store(list_ptr + 2**LOG_LIST * ROWS + row, head | (parts * top_k))
-    tl.debug_barrier()
-    sort_lists(list_ptr, list_ptr, top_k, ROWS, WARPS, LOG_LIST, LOG_LIST, LOG_TOP)
-    tl.debug_barrier()
+    """Leave the TOP_K best entries of each list, the longest of which has `longest`, at its start.
+
+    In order. TOP_K <= 2 ** LOG_TOP. Nearly always the lists are short, and their scores so near
+    each other that an int32 orders them exactly, far cheaper to sort than the int64 that always
+    does.
+    """
+    LOG_SHORT: tl.constexpr = max(6, LOG_TOP + 1)
+    if LOG_SHORT < LOG_LIST:
+        LANES: tl.constexpr = 2**LOG_SHORT // keys_each(LOG_TOP, 32)
+        LOW: tl.constexpr = lists_a_warp(ROWS, LANES)
+        HIGH: tl.constexpr = warps_of_lists(ROWS // LOW, WARPS, LANES * LOW)
+        for first_row in tl.range(0, ROWS, HIGH * LOW, num_stages=1, disable_licm=True):
+            exact = longest <= 2**LOG_SHORT
+            if exact:
+                exact = sort_narrow(
+                    list_ptr, first_row, TOP_K, ROWS, LOG_LIST, LOG_SHORT, LOG_TOP, HIGH, LOW
+                )  # fmt: skip
+            if not exact:
+                sort_longer(
+                    list_ptr, first_row, TOP_K, ROWS, WARPS, LOG_LIST, LOG_TOP, HIGH * LOW
+                )  # fmt: skip
+    else:
+        sort_longer(list_ptr, 0, TOP_K, ROWS, WARPS, LOG_LIST, LOG_TOP, ROWS)
+
+
+@triton.jit
+def store_best(
+    list_ptr, scores_ptr, slots_ptr, first, num_rows, STRIDE: tl.constexpr, TOP_K: tl.constexpr,
+    ROWS: tl.constexpr, LOG_TOP: tl.constexpr,
+):  # fmt: skip
+    """Copy the TOP_K entries each list starts with: rank a of row r to first + r * STRIDE + a."""
+    # Some rows at a time: what moves between threads takes shared memory.
+    SOME: tl.constexpr = min(ROWS, 2 ** (13 - LOG_TOP))
+    rank = tl.arange(0, 2**LOG_TOP)[None, :]
+    for first_row in tl.range(0, ROWS, SOME, num_stages=1):
+        row = first_row + tl.arange(0, SOME)[:, None]
+        mask = (rank < TOP_K) & (row < num_rows)
+        entry = tl.load(list_ptr + rank * ROWS + row, mask=mask, other=0)
+        place = (first + row.to(tl.int64) * STRIDE) + rank
+        tl.store(scores_ptr + place, score_of(entry), mask=mask)
+        tl.store(slots_ptr + place, index_of(entry), mask=mask)
+
+
+@triton.jit
+def load_best(
+    list_ptr, scores_ptr, slots_ptr, first, num_rows, STRIDE: tl.constexpr, TOP_K: tl.constexpr,
+    ROWS: tl.constexpr, LOG_TOP: tl.constexpr,
+):  # fmt: skip
+    """Undo `store_best`."""
+    SOME: tl.constexpr = min(ROWS, 2 ** (13 - LOG_TOP))
+    rank = tl.arange(0, 2**LOG_TOP)[None, :]
+    for first_row in tl.range(0, ROWS, SOME, num_stages=1):
+        row = first_row + tl.arange(0, SOME)[:, None]
+        mask = (rank < TOP_K) & (row < num_rows)
+        place = (first + row.to(tl.int64) * STRIDE) + rank
+        score = tl.load(scores_ptr + place, mask=mask, other=0.0)
+        slot = tl.load(slots_ptr + place, mask=mask, other=0)
+        tl.store(list_ptr + rank * ROWS + row, entry_of(score, slot), mask=rank < TOP_K)

@@ -3,148 +3,213 @@
 Of the best k' = min(k, N) of each half, the pair of ranks (a, b), counted from 1, is beaten or
 equalled by the a * b - 1 pairs whose ranks are no worse, so only pairs with a * b <= k matter: 119
 of 1024 at k = 32.
+
+Entry a of row r of the first half is at first_ptr + a * ROWS + r, likewise the second half's (see
+`lists`); rank a of the result goes to place + r * STRIDE + a of scores and slots.
 """
 
 import triton
 import triton.language as tl
 
-from .lists import bits_of, narrow_key, narrow_slot, ordered, ordered_pair, score_of
-from .sorting import (
-    lists_a_warp,
-    sort_ranks,
-    sort_rows,
-    sort_top,
-    warps_of_lists,
-    wide_each,
+from .lists import (
+    index_of,
+    load_bits,
+    narrow_key,
+    narrow_rank,
+    narrow_score,
+    ordered,
+    score_of,
+    sort_lists,
+    store_head,
 )
+from .selection import append, thread_columns, thread_rows
+from .sorting import keys_each, lists_a_warp, sort_rows, sort_top, warps_of_lists
 
 
 @triton.jit
-def store_rank_pairs(pairs_ptr, top_k, per_half, LOG_PAIRS: tl.constexpr):
-    """Store the ranks (a, b), from 0, with (a + 1) (b + 1) <= top_k; (-1, 0) after the last.
-
-    pairs_ptr [2 ** LOG_PAIRS]; a pair is an int64, a above b.
-    """
-    position = tl.arange(0, 2**LOG_PAIRS)
+def rank_pairs(TOP_K: tl.constexpr, HALF_K: tl.constexpr, PAIRS: tl.constexpr):
+    """The ranks (a, b), from 0, with (a + 1) (b + 1) <= TOP_K; (-1, 0) after the last; [PAIRS]."""
+    position = tl.arange(0, PAIRS)
     first = tl.zeros_like(position)
     start = tl.zeros_like(position)
     end = 0
-    for rank in range(1, per_half + 1):
-        end += tl.minimum(top_k // rank, per_half)
+    for rank in range(1, HALF_K + 1):
+        end += tl.minimum(TOP_K // rank, HALF_K)
         first += (position >= end).to(tl.int32)
         start = tl.where(position >= end, end, start)
-    first = tl.where(position < end, first, -1)
-    tl.store(pairs_ptr + position, (first.to(tl.int64) << 32) | (position - start))
+    inside = position < end
+    return tl.where(inside, first, -1), tl.where(inside, position - start, 0)
 
 
 @triton.jit
-def add_pair(first, second):
-    """The score bits of the sum of two entries; NaN only if a score is."""
-    a = score_of(first)
-    b = score_of(second)
-    total = tl.where((a + b != a + b) & (a == a) & (b == b), float("-inf"), a + b)
-    return total.to(tl.int32, bitcast=True)
+def store_rank_pairs(pairs_ptr, TOP_K: tl.constexpr, HALF_K: tl.constexpr, LOG_PAIRS: tl.constexpr):
+    """Store `rank_pairs` at pairs_ptr [2 ** LOG_PAIRS], each an int32, a above b."""
+    first, second = rank_pairs(TOP_K, HALF_K, 2**LOG_PAIRS)
+    tl.store(pairs_ptr + tl.arange(0, 2**LOG_PAIRS), (first << 16) | second)
 
 
 @triton.jit
-def store_pairs(
-    scores_ptr, slots_ptr, token, row, bits, slot, rank, head, num_tokens, top_k, H: tl.constexpr
+def sums_bound(
+    first_ptr, second_ptr, row, TOP_K: tl.constexpr, HALF_K: tl.constexpr, ROWS: tl.constexpr,
+    LOG_HALF_TOP: tl.constexpr,
 ):  # fmt: skip
-    """Store the first top_k ranks of some rows of the block of tokens that starts at token."""
-    # 64 bits for where the block starts; inside it, 32 are enough.
-    start = (tl.cast(token, tl.int64) * H + head) * top_k
-    place = row * (H * top_k) + rank
-    mask = (row < num_tokens - token) & (rank < top_k)
-    tl.store(scores_ptr + start + place, bits.to(tl.float32, bitcast=True), mask=mask)
-    tl.store(slots_ptr + start + place, slot.to(tl.int32), mask=mask)
+    """A bound that at least TOP_K sums of each row reach."""
+    # The a best of one half and the b best of the other make a * b sums no less than that of the
+    # last of each: with a * b >= TOP_K, a bound.
+    bound = tl.full(row.shape, float("-inf"), tl.float32)
+    for log_a in tl.static_range(LOG_HALF_TOP + 1):
+        if 2**log_a <= HALF_K and HALF_K * 2**log_a >= TOP_K:
+            a = score_of(tl.load(first_ptr + (2**log_a - 1) * ROWS + row))
+            b = score_of(tl.load(second_ptr + ((TOP_K - 1) // 2**log_a) * ROWS + row))
+            # NaN, of infinities say, is no bound.
+            bound = tl.maximum(bound, a + b)
+    return bound
 
 
 @triton.jit
-def combine_wide(
-    first_ptr, second_ptr, pairs_ptr, scores_ptr, slots_ptr, first_row, token, head, num_tokens,
-    num_subkeys, top_k, H: tl.constexpr, ROWS: tl.constexpr, HIGH: tl.constexpr,
-    LOW: tl.constexpr, EACH: tl.constexpr, LOG_PAIRS: tl.constexpr, LOG_TOP: tl.constexpr,
+def load_pair(first_ptr, second_ptr, pair, row, mask, ROWS: tl.constexpr):
+    """The two scores of pairs; -inf where masked."""
+    a = load_bits((first_ptr + row) + (pair >> 16) * ROWS, mask)
+    b = load_bits((second_ptr + row) + (pair & 0xFFFF) * ROWS, mask)
+    return a.to(tl.float32, bitcast=True), b.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_sums(
+    scores_ptr, slots_ptr, score, chosen, first_ptr, second_ptr, place, first_row, num_rows,
+    num_subkeys, STRIDE: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Combine some rows as `combine` does, whatever their scores."""
+    """Store scores [LISTS, RANKS] and the chosen pairs' slots, of the rows from first_row on."""
+    row = first_row + tl.arange(0, score.shape[0])[:, None]
+    rank = tl.arange(0, score.shape[1])[None, :]
+    mask = (row < num_rows) & (rank < TOP_K)
+    i = tl.load((first_ptr + row) + (chosen >> 16) * ROWS, mask=mask, other=0)
+    j = tl.load((second_ptr + row) + (chosen & 0xFFFF) * ROWS, mask=mask, other=0)
+    place = (place + row.to(tl.int64) * STRIDE) + rank
+    tl.store(scores_ptr + place, score, mask=mask)
+    tl.store(slots_ptr + place, index_of(i) * num_subkeys + index_of(j), mask=mask)
+
+
+@triton.jit
+def by_row(x):
+    """From sort form to [lists, ranks]: neighbouring ranks to neighbouring threads."""
+    return tl.reshape(
+        tl.permute(x, (1, 3, 2, 0)), [x.shape[1] * x.shape[3], x.shape[2] * x.shape[0]]
+    )
+
+
+@triton.jit
+def combine_narrow(
+    first_ptr, second_ptr, pairs_ptr, scores_ptr, slots_ptr, place, first_row, num_rows,
+    num_subkeys, STRIDE: tl.constexpr, TOP_K: tl.constexpr, HALF_K: tl.constexpr,
+    ROWS: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, EACH: tl.constexpr,
+    LOG_PAIRS: tl.constexpr, LOG_HALF_TOP: tl.constexpr, LOG_TOP: tl.constexpr,
+):  # fmt: skip
+    """Combine HIGH * LOW rows by narrow keys, if that is exact for all of them; whether it was."""
+    LANES: tl.constexpr = 2**LOG_PAIRS // EACH
     row = first_row + sort_rows(HIGH, LOW)
-    pair = tl.load(pairs_ptr + sort_ranks(EACH, 2**LOG_PAIRS // EACH))
-    first = tl.load(first_ptr + (pair >> 32) * ROWS + row, mask=pair >= 0, other=0)
-    second = tl.load(second_ptr + (pair & 0x7FFFFFFF) * ROWS + row, mask=pair >= 0, other=0)
+    bound = sums_bound(first_ptr, second_ptr, row, TOP_K, HALF_K, ROWS, LOG_HALF_TOP)
+    bound = ordered(bound.to(tl.int32, bitcast=True))
+    lane = tl.arange(0, LANES)[None, None, :, None]
+    own = tl.arange(0, EACH)[:, None, None, None]
+    # See `sort_rows` for the hint.
+    pair = tl.load(pairs_ptr + tl.max_contiguous(lane * EACH + own, [1, 1, 1, 1]))
+    mask = (pair >= 0) & (row < num_rows)
+    a, b = load_pair(first_ptr, second_ptr, pair, row, mask, ROWS)
+    key, exact = narrow_key((a + b).to(tl.int32, bitcast=True), bound, LOG_PAIRS)
+    all_exact = tl.min(exact.to(tl.int32)) != 0
+    if all_exact:
+        best = by_row(sort_top(key, LOG_PAIRS, LOG_TOP))
+        score = narrow_score(best, by_row(bound), LOG_PAIRS)
+        chosen = tl.maximum(tl.load(pairs_ptr + narrow_rank(best, LOG_PAIRS)), 0)
+        store_sums(
+            scores_ptr, slots_ptr, score, chosen, first_ptr, second_ptr, place, first_row,
+            num_rows, num_subkeys, STRIDE, TOP_K, ROWS,
+        )  # fmt: skip
+    return all_exact
+
+
+@triton.jit
+def sum_tile(
+    first_ptr, second_ptr, pairs_ptr, spoilt, start, ROWS: tl.constexpr, TILE: tl.constexpr
+):
+    """The sums of TILE pairs from start on, in thread form; those of no pair are -inf."""
+    row = thread_rows(ROWS)[:, None, :]
+    pair = tl.load(pairs_ptr + start + thread_columns(ROWS, TILE))[None, :, :]
+    a, b = load_pair(first_ptr, second_ptr, pair, row, pair >= 0, ROWS)
+    # Where infinities of both signs meet, the slot is ruled out.
+    total = tl.where(a + b != a + b, float("-inf"), a + b)
+    total = tl.where(spoilt, float("nan"), total)
+    # Even if appended, the last of all: k pairs there are.
+    return tl.where(pair < 0, float("-inf"), total)
+
+
+@triton.jit
+def combine_by_lists(
+    first_ptr, second_ptr, list_ptr, pairs_ptr, scores_ptr, slots_ptr, place, num_rows,
+    num_subkeys, num_pairs, STRIDE: tl.constexpr, TOP_K: tl.constexpr, HALF_K: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, LOG_PAIRS: tl.constexpr, LOG_HALF_TOP: tl.constexpr,
+    LOG_TOP: tl.constexpr,
+):  # fmt: skip
+    """Combine all rows, whatever they hold: list what reaches the bound, and sort the lists."""
+    TILE: tl.constexpr = 32
+    row = thread_rows(ROWS)
+    bound = sums_bound(first_ptr, second_ptr, row, TOP_K, HALF_K, ROWS, LOG_HALF_TOP)
+    bound = tl.where(row < num_rows, bound, float("inf"))
     # A NaN among a half's scores comes first there, and makes NaN of all sums.
-    best = add_pair(tl.load(first_ptr + row), tl.load(second_ptr + row))
-    bits = tl.where((best & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, add_pair(first, second))
-    slot = (first & 0x7FFFFFFF) * num_subkeys + (second & 0x7FFFFFFF)
-    key = tl.where(pair >= 0, ordered_pair(bits, slot), -0x8000000000000000)
-    key = sort_top(key, LOG_PAIRS, LOG_TOP)
-    store_pairs(
-        scores_ptr, slots_ptr, token, row, ordered(bits_of(key)), 0x7FFFFFFF - (key & 0x7FFFFFFF),
-        sort_ranks(EACH, 2**LOG_TOP // EACH), head, num_tokens, top_k, H,
-    )  # fmt: skip
+    best_a = score_of(tl.load(first_ptr + row))
+    best_b = score_of(tl.load(second_ptr + row))
+    spoilt = ((best_a != best_a) | (best_b != best_b))[:, None, :]
+    count = tl.zeros([2, 2 * ROWS], tl.int32)
+    for start in tl.range(0, num_pairs, TILE, num_stages=1):
+        total = sum_tile(first_ptr, second_ptr, pairs_ptr, spoilt, start, ROWS, TILE)
+        count = append(total, start, num_pairs, bound, count, list_ptr, ROWS, TILE, True)
+    store_head(list_ptr, bound, count, row, ROWS, LOG_PAIRS)
+    tl.debug_barrier()
+    sort_lists(list_ptr, tl.max(count), TOP_K, ROWS, WARPS, LOG_PAIRS, LOG_TOP)
+    tl.debug_barrier()
+    LISTS: tl.constexpr = min(ROWS, 32)
+    rank = tl.arange(0, 2**LOG_TOP)[None, :]
+    for first_row in tl.range(0, ROWS, LISTS, num_stages=1):
+        list_row = first_row + tl.arange(0, LISTS)[:, None]
+        mask = (list_row < num_rows) & (rank < TOP_K)
+        entry = tl.load(list_ptr + rank * ROWS + list_row, mask=mask, other=0)
+        chosen = tl.load(pairs_ptr + index_of(entry), mask=mask, other=0)
+        store_sums(
+            scores_ptr, slots_ptr, score_of(entry), chosen, first_ptr, second_ptr, place,
+            first_row, num_rows, num_subkeys, STRIDE, TOP_K, ROWS,
+        )  # fmt: skip
 
 
 @triton.jit
 def combine(
     first_ptr,  # [k', ROWS], the best of the first half, in order
     second_ptr,  # [k', ROWS]
+    list_ptr,  # [2 ** LOG_PAIRS + 1, ROWS]
     pairs_ptr,  # [2 ** LOG_PAIRS]
     scores_ptr,  # [T, H, k]
     slots_ptr,  # [T, H, k]
-    token, head, num_tokens, num_subkeys, top_k, H: tl.constexpr, ROWS: tl.constexpr,
-    WARPS: tl.constexpr, LOG_PAIRS: tl.constexpr, LOG_HALF_TOP: tl.constexpr,
-    LOG_TOP: tl.constexpr,
+    place, num_rows, num_subkeys, num_pairs, STRIDE: tl.constexpr, TOP_K: tl.constexpr,
+    HALF_K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, LOG_PAIRS: tl.constexpr,
+    LOG_HALF_TOP: tl.constexpr, LOG_TOP: tl.constexpr,
 ):  # fmt: skip
-    """Write the top_k best sums of an entry of each half, of ROWS tokens from token on."""
-    EACH: tl.constexpr = 8
-    LANES: tl.constexpr = 2**LOG_PAIRS // EACH
-    LOW: tl.constexpr = lists_a_warp(ROWS, LANES)
-    HIGH: tl.constexpr = warps_of_lists(ROWS // LOW, WARPS, LANES * LOW)
-    WIDE_EACH: tl.constexpr = wide_each(LOG_PAIRS)
-    WIDE_LOW: tl.constexpr = lists_a_warp(ROWS, 2**LOG_PAIRS // WIDE_EACH)
-    WIDE_HIGH: tl.constexpr = warps_of_lists(
-        HIGH * LOW // WIDE_LOW, WARPS, 2**LOG_PAIRS // WIDE_EACH * WIDE_LOW
-    )
-    per_half = tl.minimum(top_k, num_subkeys)
-    position = sort_ranks(EACH, LANES)
-    pair = tl.load(pairs_ptr + position)
-    for first_row in tl.range(0, ROWS, HIGH * LOW, num_stages=1, disable_licm=True):
-        row = first_row + sort_rows(HIGH, LOW)
-        # The a best of one half and the b best of the other make a * b sums no less than that of
-        # the last of each: with a * b >= top_k, a bound.
-        bound = tl.full([1, HIGH, 1, LOW], float("-inf"), tl.float32)
-        for log_a in tl.static_range(LOG_HALF_TOP + 1):
-            others = (top_k + 2**log_a - 1) // 2**log_a
-            if (2**log_a <= per_half) & (others <= per_half):
-                last_first = tl.load(first_ptr + (2**log_a - 1) * ROWS + row)
-                last_second = tl.load(second_ptr + (others - 1) * ROWS + row)
-                total = add_pair(last_first, last_second).to(tl.float32, bitcast=True)
-                bound = tl.maximum(bound, total)
-        first = tl.load(first_ptr + (pair >> 32) * ROWS + row, mask=pair >= 0, other=0)
-        second = tl.load(second_ptr + (pair & 0x7FFFFFFF) * ROWS + row, mask=pair >= 0, other=0)
-        bits = add_pair(first, second)
-        bound_bits = ordered(bound.to(tl.int32, bitcast=True))
-        key, exact = narrow_key(bits, bound_bits, pair >= 0, position, LOG_PAIRS)
-        exact = exact & ((bits & 0x7FFFFFFF) < 0x7F800000)
-        if tl.min(exact.to(tl.int32)) != 0:
-            best = narrow_slot(sort_top(key, LOG_PAIRS, LOG_TOP), LOG_PAIRS)
-            # A place past the last rank may hold no pair.
-            chosen = tl.load(pairs_ptr + best)
-            a = tl.load(first_ptr + (chosen >> 32) * ROWS + row, mask=chosen >= 0, other=0)
-            b = tl.load(second_ptr + (chosen & 0x7FFFFFFF) * ROWS + row, mask=chosen >= 0, other=0)
-            slot = (a & 0x7FFFFFFF) * num_subkeys + (b & 0x7FFFFFFF)
-            store_pairs(
-                scores_ptr, slots_ptr, token, row, add_pair(a, b), slot,
-                sort_ranks(EACH, 2**LOG_TOP // EACH), head, num_tokens, top_k, H,
+    """Write the TOP_K best sums of an entry of each half, for every row."""
+    exact = False
+    if LOG_PAIRS <= 7:
+        EACH: tl.constexpr = keys_each(LOG_TOP, 32)
+        LANES: tl.constexpr = 2**LOG_PAIRS // EACH
+        LOW: tl.constexpr = lists_a_warp(ROWS, LANES)
+        HIGH: tl.constexpr = warps_of_lists(ROWS // LOW, WARPS, LANES * LOW)
+        exact = True
+        for first_row in tl.range(0, ROWS, HIGH * LOW, num_stages=1, disable_licm=True):
+            exact &= combine_narrow(
+                first_ptr, second_ptr, pairs_ptr, scores_ptr, slots_ptr, place, first_row,
+                num_rows, num_subkeys, STRIDE, TOP_K, HALF_K, ROWS, HIGH, LOW, EACH, LOG_PAIRS,
+                LOG_HALF_TOP, LOG_TOP,
             )  # fmt: skip
-        else:
-            for wide_row in tl.range(
-                first_row,
-                first_row + HIGH * LOW,
-                WIDE_HIGH * WIDE_LOW,
-                num_stages=1,
-                disable_licm=True,
-            ):
-                combine_wide(
-                    first_ptr, second_ptr, pairs_ptr, scores_ptr, slots_ptr, wide_row, token,
-                    head, num_tokens, num_subkeys, top_k, H, ROWS, WIDE_HIGH, WIDE_LOW, WIDE_EACH,
-                    LOG_PAIRS, LOG_TOP,
-                )  # fmt: skip
+    if not exact:
+        combine_by_lists(
+            first_ptr, second_ptr, list_ptr, pairs_ptr, scores_ptr, slots_ptr, place, num_rows,
+            num_subkeys, num_pairs, STRIDE, TOP_K, HALF_K, ROWS, WARPS, LOG_PAIRS, LOG_HALF_TOP,
+            LOG_TOP,
+        )  # fmt: skip

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .flat_key_topk import select_parts
-from .launch import MAX_PAIRS, choose_lookup, log2_ceil, programs_at_once
-from .lists import merge_lists
-from .pairs import combine, store_rank_pairs
+from .launch import MAX_PAIRS, choose_lists, choose_splits, list_programs, log2_ceil
+from .lists import bits_of, load_best, ordered_pair, store_best
+from .pairs import combine, rank_pairs, store_rank_pairs
 from .selection import select
+from .split_topk import NOTHING, pair_index, pair_score, split_topk
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -25,19 +25,22 @@ def product_key_topk_kernel(
     scores_ptr,  # [T, H, k]
     slots_ptr,  # [T, H, k]
     list_ptr,  # [programs, ...], entries
-    num_tokens, num_subkeys, top_k,
-    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr, WARPS: tl.constexpr, LOG_LIST: tl.constexpr,
-    LOG_PAIRS: tl.constexpr, LOG_SHORT: tl.constexpr, LOG_HALF_TOP: tl.constexpr,
-    LOG_TOP: tl.constexpr, FULL: tl.constexpr, SAMPLE: tl.constexpr,
-    ROUNDS: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    num_tokens, num_subkeys, num_pairs,
+    TOP_K: tl.constexpr, HALF_K: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, LOG_LIST: tl.constexpr,
+    LOG_PAIRS: tl.constexpr, LOG_HALF_TOP: tl.constexpr,
+    LOG_TOP: tl.constexpr, PARTS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr,
+    FIRST_CUT: tl.constexpr, GROWTH: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS tokens of one head at a time, and its lists."""
-    # After the list of a row come its head and the first half's result.
-    FIRST: tl.constexpr = ROWS * (2**LOG_LIST + 1)
-    PAIRS: tl.constexpr = FIRST + ROWS * 2**LOG_HALF_TOP
-    list_ptr += tl.program_id(0).to(tl.int64) * (PAIRS + 2**LOG_PAIRS)
-    store_rank_pairs(list_ptr + PAIRS, top_k, tl.minimum(top_k, num_subkeys), LOG_PAIRS)
+    # Slots: of a half's list, or of both halves' best and of a list of their sums.
+    TOP: tl.constexpr = 2**LOG_HALF_TOP
+    SLOTS: tl.constexpr = max(2**LOG_LIST, 2 * TOP + 2**LOG_PAIRS) + 1
+    list_ptr += tl.program_id(0).to(tl.int64) * (ROWS * SLOTS + 2 ** (LOG_PAIRS - 1))
+    pairs_ptr = (list_ptr + ROWS * SLOTS).to(tl.pointer_type(tl.int32))
+    store_rank_pairs(pairs_ptr, TOP_K, HALF_K, LOG_PAIRS)
     d = tl.arange(0, BLOCK_D)[None, :]
     for block in tl.range(
         tl.program_id(0),
@@ -48,50 +51,70 @@ def product_key_topk_kernel(
     ):
         head = block % H
         token = block // H * ROWS
+        num_rows = num_tokens - token
+        # 64 bits for where the tile starts; inside it, 32 are enough.
+        first = tl.cast(token, tl.int64) * H + head
         row = tl.arange(0, ROWS)[:, None]
         for half in tl.range(2, num_stages=1, disable_licm=True):
-            # 64 bits for where the tile starts; inside it, 32 are enough.
-            first_ptr = query_ptr + (tl.cast(token, tl.int64) * H + head) * (2 * D) + half * D
-            rows_ptr = first_ptr + (row * (2 * D * H) + d)
-            keys = subkeys_ptr + tl.cast(head * 2 + half, tl.int64) * num_subkeys * D
+            rows_ptr = query_ptr + (((first * 2 + half) * D + row.to(tl.int64) * (2 * D * H)) + d)
+            book = tl.cast(head * 2 + half, tl.int64) * num_subkeys * D
             select(
-                rows_ptr, num_tokens - token, keys, list_ptr,
-                list_ptr + (1 - half) * FIRST, 0, num_subkeys, tl.minimum(top_k, num_subkeys), D,
-                ROWS, TILE, BLOCK_D, WARPS, LOG_LIST, LOG_SHORT, LOG_HALF_TOP, FULL, SAMPLE, ROUNDS,
-                EVEN, UPCAST, PRECISION,
+                rows_ptr, num_rows, subkeys_ptr, book, list_ptr, 0, num_subkeys, HALF_K, D,
+                ROWS, TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_HALF_TOP, PARTS,
+                SAMPLE, ROUNDS, FIRST_CUT, GROWTH, EVEN, UPCAST, PRECISION,
             )  # fmt: skip
+            if half == 0:
+                # Where the result will be written, so that it takes no memory of its own.
+                store_best(
+                    list_ptr, scores_ptr, slots_ptr, first * TOP_K, num_rows, H * TOP_K, HALF_K,
+                    ROWS, LOG_HALF_TOP,
+                )  # fmt: skip
+                tl.debug_barrier()
+        load_best(
+            list_ptr + TOP * ROWS, scores_ptr, slots_ptr, first * TOP_K, num_rows, H * TOP_K,
+            HALF_K, ROWS, LOG_HALF_TOP,
+        )  # fmt: skip
+        tl.debug_barrier()
         combine(
-            list_ptr + FIRST, list_ptr, list_ptr + PAIRS, scores_ptr, slots_ptr, token, head,
-            num_tokens, num_subkeys, top_k, H, ROWS, WARPS, LOG_PAIRS, LOG_HALF_TOP, LOG_TOP,
+            list_ptr + TOP * ROWS, list_ptr, list_ptr + 2 * TOP * ROWS, pairs_ptr, scores_ptr,
+            slots_ptr, first * TOP_K, num_rows, num_subkeys, num_pairs, H * TOP_K, TOP_K, HALF_K,
+            ROWS, WARPS, LOG_PAIRS, LOG_HALF_TOP, LOG_TOP,
         )  # fmt: skip
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["num_tokens", "splits"])
+@triton.jit
 def merge_halves_kernel(
-    part_ptr,  # [blocks of T, H, 2, 2 ** LOG_MERGE + 1, ROWS], entries
-    pairs_ptr,  # [programs, 2 ** LOG_PAIRS]
-    scores_ptr,  # [T, H, k]
-    slots_ptr,  # [T, H, k]
-    num_tokens, num_subkeys, splits, top_k, H: tl.constexpr, ROWS: tl.constexpr,
-    WARPS: tl.constexpr, LOG_MERGE: tl.constexpr, LOG_PAIRS: tl.constexpr,
-    LOG_HALF_TOP: tl.constexpr, LOG_TOP: tl.constexpr,
+    part_ptr,  # [T * H, 2, splits, TOP], int64
+    scores_ptr,  # [T * H, k]
+    slots_ptr,  # [T * H, k]
+    num_subkeys, splits, TOP_K: tl.constexpr, HALF_K: tl.constexpr, HALF_TOP: tl.constexpr,
+    TOP: tl.constexpr, SIZE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """A program owns ROWS tokens of one head: it merges both halves' stretches and adds them."""
-    block = tl.program_id(0)
-    head = tl.program_id(1)
-    program = (block * H + head).to(tl.int64)
-    AREA: tl.constexpr = (2**LOG_MERGE + 1) * ROWS
-    part_ptr += program * (2 * AREA)
-    pairs_ptr += program * 2**LOG_PAIRS
-    per_half = tl.minimum(top_k, num_subkeys)
-    store_rank_pairs(pairs_ptr, top_k, per_half, LOG_PAIRS)
-    for half in tl.range(2, num_stages=1, disable_licm=True):
-        merge_lists(part_ptr + half * AREA, splits, per_half, ROWS, WARPS, LOG_MERGE, LOG_HALF_TOP)
-    combine(
-        part_ptr, part_ptr + AREA, pairs_ptr, scores_ptr, slots_ptr, block * ROWS,
-        head, num_tokens, num_subkeys, top_k, H, ROWS, WARPS, LOG_PAIRS, LOG_HALF_TOP, LOG_TOP,
-    )  # fmt: skip
+    """A program owns one token and head: it merges both halves' stretches and adds them."""
+    row = tl.program_id(0).to(tl.int64)
+    part_ptr += row * 2 * splits * HALF_TOP
+    half = tl.arange(0, 2)[:, None]
+    place = tl.arange(0, SIZE)[None, :]
+    mask = (place < splits * HALF_TOP) & (half < 2)
+    part = tl.load(part_ptr + (half * splits * HALF_TOP + place), mask=mask, other=NOTHING)
+    best = tl.topk(part, HALF_TOP)
+    first, second = tl.split(tl.permute(best, (1, 0)))
+    a, b = rank_pairs(TOP_K, HALF_K, PAIRS)
+    total = tl.gather(pair_score(first), tl.maximum(a, 0), 0) + tl.gather(pair_score(second), b, 0)
+    # Where infinities of both signs meet, the slot is ruled out.
+    total = tl.where(total != total, float("-inf"), total)
+    pair = ordered_pair(total.to(tl.int32, bitcast=True), (a << 16) | b)
+    best_sums = tl.topk(tl.where(a >= 0, pair, NOTHING), TOP)
+    # A NaN among a half's scores came first, and makes NaN of all sums.
+    spoilt = tl.max(tl.max(bits_of(best), 1), 0) == 0x7FFFFFFF
+    score = tl.where(spoilt, float("nan"), pair_score(best_sums))
+    rank = tl.arange(0, TOP)
+    chosen = tl.where(rank < TOP_K, pair_index(best_sums), 0)
+    i = tl.gather(pair_index(first), chosen >> 16, 0)
+    j = tl.gather(pair_index(second), chosen & 0xFFFF, 0)
+    tl.store(scores_ptr + row * TOP_K + rank, score, mask=rank < TOP_K)
+    tl.store(slots_ptr + row * TOP_K + rank, i * num_subkeys + j, mask=rank < TOP_K)
 
 
 def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -119,30 +142,31 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
             f"top_k is {top_k} of {num_subkeys}² slots: {num_pairs} pairs of ranks to combine, but "
             f"the kernels take at most {MAX_PAIRS}"
         )
+    # Each half is a head to the kernels that know flat keys only.
     halves = query.view(num_tokens, 2 * heads, half_dim)
-    choice = choose_lookup(halves, subkeys, per_half)
+    books = subkeys.view(2 * heads, num_subkeys, half_dim)
     log_top = max(4, log2_ceil(top_k))
-    log_pairs = max(log_top, log2_ceil(num_pairs))
-    blocks = triton.cdiv(num_tokens, choice.rows)
-    if choice.rows > 16:
-        programs = min(programs_at_once(query.device), blocks * heads)
-        size = (2**choice.log_list + 1 + 2**choice.log_top) * choice.rows + 2**log_pairs
-        lists = query.new_empty(programs, size, dtype=torch.int64)
-        constants = choice.select_constants()
-        constants["LOG_HALF_TOP"] = constants["LOG_TOP"]
-        constants["LOG_TOP"] = log_top
-        product_key_topk_kernel[(programs,)](
-            query, subkeys, scores, slots, lists, num_tokens, num_subkeys, top_k,
-            H=heads, D=half_dim, LOG_PAIRS=log_pairs, **constants, **choice.options(),
+    log_pairs = max(6, log_top, log2_ceil(num_pairs))
+    few = choose_splits(halves, books, per_half)
+    if few is not None:
+        part = split_topk(halves, books, few)
+        merge_halves_kernel[(num_tokens * heads,)](
+            part, scores, slots, num_subkeys, few.splits, TOP_K=top_k, HALF_K=per_half,
+            HALF_TOP=few.top, TOP=2**log_top, SIZE=few.merged, PAIRS=2**log_pairs,
+            num_warps=few.merge_warps,
         )  # fmt: skip
         return scores, slots
-    tables = subkeys.view(2 * heads, num_subkeys, half_dim)
-    part = select_parts(halves, tables, per_half, choice)
-    pairs = query.new_empty(blocks * heads, 2**log_pairs, dtype=torch.int64)
-    merge_halves_kernel[(blocks, heads)](
-        part, pairs, scores, slots, num_tokens, num_subkeys, choice.splits, top_k,
-        H=heads, ROWS=choice.rows, WARPS=choice.warps, LOG_MERGE=choice.log_merge,
-        LOG_PAIRS=log_pairs, LOG_HALF_TOP=choice.log_top, LOG_TOP=log_top, **choice.options(),
+    many = choose_lists(query, books, per_half)
+    programs = list_programs(query, many.rows)
+    num_slots = max(2**many.log_list, 2 * 2**many.log_top + 2**log_pairs) + 1
+    size = num_slots * many.rows + 2 ** (log_pairs - 1)
+    lists = query.new_empty(programs, size, dtype=torch.int64)
+    constants = many.constants()
+    constants["LOG_HALF_TOP"] = constants["LOG_TOP"]
+    constants["LOG_TOP"] = log_top
+    product_key_topk_kernel[(programs,)](
+        query, subkeys, scores, slots, lists, num_tokens, num_subkeys, num_pairs, TOP_K=top_k,
+        HALF_K=per_half, H=heads, D=half_dim, LOG_PAIRS=log_pairs, **constants, **many.options(),
     )  # fmt: skip
     return scores, slots
 
@@ -161,7 +185,10 @@ def shipped_configurations() -> dict[str, Callable[[], object]]:
         "product many 512 of 32": call(16384, 512, 32, torch.bfloat16),
         "product many 4096 of 32": call(16384, 4096, 32, torch.bfloat16),
         "product many 512 of 64": call(16384, 512, 64, torch.bfloat16),
+        "product many 512 of 128": call(16384, 512, 128, torch.bfloat16),
         "product many float32": call(16384, 512, 32, torch.float32),
+        "product some 512 of 32": call(4096, 512, 32, torch.bfloat16),
         "product few 512 of 32": call(1, 512, 32, torch.bfloat16),
+        "product few 512 of 256": call(1, 512, 256, torch.bfloat16),
         "product few float32": call(1, 512, 32, torch.float32),
     }

@@ -4,7 +4,7 @@ A program owns ROWS queries and streams their scores tile by tile. What may stil
 best of a row is appended to the row's list, in memory that stays in cache: slot s of row r is at
 list_ptr + s * ROWS + r. An entry is an int64, a score's float32 bits above its key's index.
 
-    raise_bound    a lower bound of each row's k-th best, from running maxima
+    first_look     a lower bound of each row's k-th best, from the maxima of groups of scores
     append         puts what reaches the bound on the lists
     sort_lists     leaves the k best of each list, in order, at its start
 
@@ -17,7 +17,7 @@ store. Under another layout of the scores the same code is right, if slower.
 import triton
 import triton.language as tl
 
-from .lists import ordered, score_of, sort_lists
+from .lists import ordered, score_of, sort_lists, store_head
 
 
 @triton.jit
@@ -69,25 +69,42 @@ def threads_before(x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def raise_bound(best, bound, top_k, ROWS: tl.constexpr, ROUNDS: tl.constexpr):
-    """A lower bound of each row's top_k-th best: near the top_k-th largest of its maxima.
+def pack_maxima(best):
+    """Two maxima in an int32, [2, C, 2 * ROWS] -> [2, C / 2, 2 * ROWS], to spare registers.
 
-    best [2, C, 2 * ROWS], each the maximum of a group of its row's scores so far; bound
-    [2, 2 * ROWS]. Bisection from below may stop anywhere, the bound holds.
+    Each keeps the upper half of its `ordered` bits: it is rounded down, as a bound may be.
     """
-    pairs = tl.reshape(best, [2, best.shape[1] // 2, 2, 2 * ROWS])
-    low = -over_row_max(-tl.min(tl.max(pairs, 2), 1), ROWS)
-    high = tl.maximum(low, over_row_max(tl.max(tl.min(pairs, 2), 1), ROWS))
-    low = ordered(low.to(tl.int32, bitcast=True))
-    high = ordered(high.to(tl.int32, bitcast=True))
+    C: tl.constexpr = best.shape[1]
+    bits = ordered(best.to(tl.int32, bitcast=True))
+    halves = tl.permute(tl.reshape(bits, [2, 2, C // 2, best.shape[2]]), (0, 2, 3, 1))
+    upper, lower = tl.split(halves)
+    return (upper & -0x10000) | ((lower >> 16) & 0xFFFF)
+
+
+@triton.jit
+def count_bound(packed, LEAST: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.constexpr):
+    """A score that at least LEAST of each row's maxima reach, and few more; [2, 2 * ROWS].
+
+    packed [2, C, 2 * ROWS], each two maxima (see `pack_maxima`); LEAST <= 4 * C. Bisection from
+    below may stop anywhere, the bound holds.
+    """
+    upper = packed & -0x10000
+    lower = packed << 16
+    low = ordered(tl.min(tl.maximum(upper, lower), 1)).to(tl.float32, bitcast=True)
+    high = ordered(tl.max(tl.minimum(upper, lower), 1)).to(tl.float32, bitcast=True)
+    # NaN of a score, or of -inf rounded down.
+    low = -over_row_max(tl.where(low == low, -low, float("inf")), ROWS)
+    high = tl.maximum(low, over_row_max(tl.where(high == high, high, float("inf")), ROWS))
     for _ in tl.range(ROUNDS, num_stages=1):
-        difference = low ^ high
-        middle = (low & high) + (difference >> 1) + (difference & 1)
-        level = ordered(middle).to(tl.float32, bitcast=True)
-        count = over_row_sum(tl.sum((best >= level[:, None, :]).to(tl.int32), 1), ROWS)
-        low = tl.where(count >= top_k, middle, low)
-        high = tl.where(count >= top_k, high, middle - 1)
-    return tl.maximum(bound, ordered(low).to(tl.float32, bitcast=True))
+        level = 0.5 * tl.maximum(low, -3e38) + 0.5 * tl.minimum(high, 3e38)
+        level = ordered(level.to(tl.int32, bitcast=True)) & -0x10000
+        count = (packed >= level[:, None, :]).to(tl.int32)
+        count += ((packed << 16) >= level[:, None, :]).to(tl.int32)
+        enough = over_row_sum(tl.sum(count, 1), ROWS) >= LEAST
+        level = ordered(level).to(tl.float32, bitcast=True)
+        low = tl.where(enough, tl.maximum(low, level), low)
+        high = tl.where(enough, high, level)
+    return low
 
 
 @triton.jit
@@ -96,10 +113,11 @@ def append_rows(scores, index, keep, count, row, list_ptr, ROWS: tl.constexpr):
     # In units of a slot's size, to spare a multiplication for each score.
     kept = tl.where(keep, ROWS, 0)
     before, total = threads_before(tl.sum(kept, 0), ROWS)
-    place = (count * ROWS + before + row - ROWS)[None, :] + tl.cumsum(kept, 0)
-    index = index.to(tl.uint32, bitcast=True).to(tl.uint64).to(tl.int64, bitcast=True)
-    entry = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | index
-    tl.store(list_ptr + place, entry, mask=keep)
+    thread_ptr = list_ptr + (count * ROWS + before + row - ROWS)
+    place = thread_ptr[None, :] + tl.cumsum(kept, 0)
+    place32 = place.to(tl.pointer_type(tl.int32))[:, :, None] + tl.arange(0, 2)[None, None, :]
+    both = tl.join(index, scores.to(tl.int32, bitcast=True))
+    tl.store(place32, both, mask=keep[:, :, None])
     return count + total // ROWS
 
 
@@ -112,45 +130,41 @@ def append(
 
     scores [2, TILE / 4, 2 * ROWS], of keys start .. end; bound, count [2, 2 * ROWS].
     """
-    # A quarter of a thread's scores at a time, for the sake of registers. NaN is appended, too.
     scores_0, scores_1 = tl.split(tl.permute(scores, (1, 2, 0)))
     bound_0, bound_1 = tl.split(tl.permute(bound, (1, 0)))
     count_0, count_1 = tl.split(tl.permute(count, (1, 0)))
     row_0, row_1 = tl.split(tl.permute(thread_rows(ROWS), (1, 0)))
-    low = start + thread_columns(ROWS, TILE // 2)
-    high = low + TILE // 2
-    low_0, high_0 = tl.split(
-        tl.permute(tl.reshape(scores_0, [2, TILE // 8, 2 * ROWS]), (1, 2, 0))
-    )  # fmt: skip
-    keep = ~(low_0 < bound_0[None, :]) & ((low < end) | EVEN)
-    count_0 = append_rows(low_0, low, keep, count_0, row_0, list_ptr, ROWS)
-    keep = ~(high_0 < bound_0[None, :]) & ((high < end) | EVEN)
-    count_0 = append_rows(high_0, high, keep, count_0, row_0, list_ptr, ROWS)
-    low_1, high_1 = tl.split(
-        tl.permute(tl.reshape(scores_1, [2, TILE // 8, 2 * ROWS]), (1, 2, 0))
-    )  # fmt: skip
-    keep = ~(low_1 < bound_1[None, :]) & ((low < end) | EVEN)
-    count_1 = append_rows(low_1, low, keep, count_1, row_1, list_ptr, ROWS)
-    keep = ~(high_1 < bound_1[None, :]) & ((high < end) | EVEN)
-    count_1 = append_rows(high_1, high, keep, count_1, row_1, list_ptr, ROWS)
+    index = start + thread_columns(ROWS, TILE)
+    # NaN is appended, too.
+    keep_0 = ~(scores_0 < bound_0[None, :])
+    keep_1 = ~(scores_1 < bound_1[None, :])
+    if not EVEN:
+        keep_0 &= index < end
+        keep_1 &= index < end
+    count_0 = append_rows(scores_0, index, keep_0, count_0, row_0, list_ptr, ROWS)
+    count_1 = append_rows(scores_1, index, keep_1, count_1, row_1, list_ptr, ROWS)
     return tl.permute(tl.join(count_0, count_1), (1, 0))
 
 
 @triton.jit
 def score_tile(
-    query, query_ptr, query_mask, keys_ptr, start, end, KEY_DIM: tl.constexpr,
+    query, query_ptr, query_mask, keys_ptr, keys_first, start, end, KEY_DIM: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of keys start .. start + TILE, -inf from end on, in thread form."""
     # 64 bits for where the tile starts; inside it, 32 are enough and cost half the registers.
-    keys_ptr += tl.cast(start, tl.int64) * KEY_DIM
+    keys_start = keys_first + tl.cast(start, tl.int64) * KEY_DIM
     column = tl.arange(0, TILE)[None, :]
     d = tl.arange(0, BLOCK_D)
     inside = (column < end - start) | EVEN
     if KEY_DIM <= BLOCK_D:
         mask = inside & (d[:, None] < KEY_DIM)
-        keys = tl.load(keys_ptr + (column * KEY_DIM + d[:, None]), mask=mask, other=0.0)
+        keys = tl.load(
+            keys_ptr + ((keys_start + column.to(tl.int64) * KEY_DIM) + d[:, None]),
+            mask=mask,
+            other=0.0,
+        )
         if UPCAST:
             keys = keys.to(tl.float32)
         scores = tl.dot(query, keys, input_precision=PRECISION)
@@ -158,7 +172,7 @@ def score_tile(
         scores = tl.zeros([ROWS, TILE], tl.float32)
         for first in tl.range(0, KEY_DIM, BLOCK_D, num_stages=1):
             mask = inside & (first + d[:, None] < KEY_DIM)
-            place = column * KEY_DIM + (first + d)[:, None]
+            place = (keys_start + column.to(tl.int64) * KEY_DIM) + (first + d)[:, None]
             keys = tl.load(keys_ptr + place, mask=mask, other=0.0)
             mask = query_mask & (first + d[None, :] < KEY_DIM)
             part = tl.load(query_ptr + first, mask=mask, other=0.0)
@@ -175,14 +189,56 @@ def score_tile(
 
 
 @triton.jit
-def select(
-    query_ptr, num_rows, keys_ptr, list_ptr, top_ptr, first_key, end, top_k,
-    KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
-    WARPS: tl.constexpr, LOG_LIST: tl.constexpr, LOG_SHORT: tl.constexpr,
-    LOG_TOP: tl.constexpr, FULL: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr,
+def tile_maxima(
+    query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, KEY_DIM: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
+    STAGES: tl.constexpr,
     EVEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Leave the top_k best of keys first_key .. end of each row, in order, at top_ptr.
+    """The maxima, packed, of TILE groups of keys: those of a tile every STEP keys."""
+    best = tl.full([2, TILE // 4, 2 * ROWS], float("-inf"), tl.float32)
+    for start in tl.range(first_key, end, STEP, num_stages=STAGES, disable_licm=True):
+        scores = score_tile(
+            query, query_ptr, query_mask, keys_ptr, keys_first, start, end, KEY_DIM, ROWS, TILE,
+            BLOCK_D, EVEN, UPCAST, PRECISION,
+        )  # fmt: skip
+        best = tl.maximum(best, scores)
+    return pack_maxima(best)
+
+
+@triton.jit
+def first_look(
+    query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, TOP_K: tl.constexpr,
+    KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr, PARTS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A score that at least TOP_K of the first SAMPLE keys reach, in each row; [2, 2 * ROWS].
+
+    Each of PARTS parts of the keys has at least its share of them.
+    """
+    LEAST: tl.constexpr = (TOP_K + PARTS - 1) // PARTS
+    end = tl.minimum(end, first_key + SAMPLE)
+    bound = tl.full([2, 2 * ROWS], float("inf"), tl.float32)
+    for part in tl.static_range(PARTS):
+        packed = tile_maxima(
+            query, query_ptr, query_mask, keys_ptr, keys_first, first_key + part * TILE, end,
+            KEY_DIM, ROWS, TILE, BLOCK_D, PARTS * TILE, STAGES, EVEN, UPCAST, PRECISION,
+        )  # fmt: skip
+        bound = tl.minimum(bound, count_bound(packed, LEAST, ROWS, ROUNDS))
+    return bound
+
+
+@triton.jit
+def select(
+    query_ptr, num_rows, keys_ptr, keys_first, list_ptr, first_key, end, TOP_K: tl.constexpr,
+    KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
+    WARPS: tl.constexpr, STAGES: tl.constexpr, LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr,
+    PARTS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr,
+    GROWTH: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Leave the TOP_K best of keys first_key .. end, in order, at the start of each row's list.
 
     query_ptr [ROWS, BLOCK_D] points to the rows' first elements, of which num_rows are real;
     keys_ptr [end, KEY_DIM].
@@ -195,28 +251,27 @@ def select(
     query = tl.load(query_ptr, mask=query_mask & (d < KEY_DIM), other=0.0)
     if UPCAST:
         query = query.to(tl.float32)
-    if 2**LOG_TOP * 2 <= TILE:
-        # A first look at some keys, only for the bound: scoring them twice costs less than
-        # appending, and sorting, what a later bound would have ruled out.
-        best = tl.full([2, TILE // 4, 2 * ROWS], float("-inf"), tl.float32)
-        for start in tl.range(
-            first_key, tl.minimum(end, first_key + SAMPLE), TILE, num_stages=1, disable_licm=True
-        ):
-            scores = score_tile(
-                query, query_ptr, query_mask, keys_ptr, start, end, KEY_DIM, ROWS, TILE, BLOCK_D,
-                EVEN, UPCAST, PRECISION,
-            )  # fmt: skip
-            best = tl.maximum(best, scores)
-        bound = raise_bound(best, bound, top_k, ROWS, ROUNDS)
+    if PARTS > 0:
+        # Scoring some keys twice costs less than appending, and sorting, what a later bound would
+        # have ruled out.
+        look = first_look(
+            query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, TOP_K, KEY_DIM,
+            ROWS, TILE, BLOCK_D, STAGES, PARTS, SAMPLE, ROUNDS, EVEN, UPCAST, PRECISION,
+        )  # fmt: skip
+        bound = tl.maximum(bound, look)
     count = tl.zeros([2, 2 * ROWS], tl.int32)
     longest = 0
     start = first_key
+    # Where lists are cut back to the best so far, for a better bound.
+    cut = first_key + FIRST_CUT
     while start < end:
         # As far as no list can overflow.
-        stop = tl.minimum(end, start + (LIST - longest) // TILE * TILE)
-        for tile_start in tl.range(start, stop, TILE, num_stages=1, disable_licm=True):
+        room = (LIST - longest) // TILE * TILE
+        stop = tl.minimum(tl.minimum(end, cut), start + room)
+        for tile_start in tl.range(start, stop, TILE, num_stages=STAGES, disable_licm=True):
             scores = score_tile(
-                query, query_ptr, query_mask, keys_ptr, tile_start, end, KEY_DIM, ROWS, TILE,
+                query, query_ptr, query_mask, keys_ptr, keys_first, tile_start, end, KEY_DIM, ROWS,
+                TILE,
                 BLOCK_D, EVEN, UPCAST, PRECISION,
             )  # fmt: skip
             count = append(
@@ -224,16 +279,14 @@ def select(
             )  # fmt: skip
         start = stop
         longest = tl.max(count)
-        if (start >= end) | (longest > FULL):
-            head = ordered(bound.to(tl.int32, bitcast=True)).to(tl.int64) << 32
-            tl.store(list_ptr + LIST * ROWS + thread_rows(ROWS), head | count.to(tl.int64))
+        if (start >= tl.minimum(end, cut)) | (longest > LIST - TILE):
+            store_head(list_ptr, bound, count, thread_rows(ROWS), ROWS, LOG_LIST)
             tl.debug_barrier()
-            # Before the last key, only to make room, and for a better bound.
-            into_ptr = tl.where(start < end, list_ptr, top_ptr)
-            sort_lists(list_ptr, into_ptr, top_k, ROWS, WARPS, LOG_LIST, LOG_SHORT, LOG_TOP)
+            sort_lists(list_ptr, longest, TOP_K, ROWS, WARPS, LOG_LIST, LOG_TOP)
             tl.debug_barrier()
             if start < end:
-                last = tl.load(list_ptr + (top_k - 1) * ROWS + thread_rows(ROWS))
-                bound = tl.where(count >= top_k, tl.maximum(bound, score_of(last)), bound)
-                count = tl.minimum(count, top_k)
-                longest = top_k
+                last = tl.load(list_ptr + (TOP_K - 1) * ROWS + thread_rows(ROWS))
+                bound = tl.where(count >= TOP_K, tl.maximum(bound, score_of(last)), bound)
+                count = tl.minimum(count, TOP_K)
+                longest = TOP_K
+                cut = first_key + (start - first_key) * GROWTH // (2 * TILE) * TILE

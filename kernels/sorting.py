@@ -2,7 +2,7 @@
 
 Sort form. Lists of EACH * LANES integer keys, as [EACH, HIGH, LANES, LOW]: rank lane * EACH + own
 of list high * LOW + low. The first axis lies in a thread's registers, the lanes of a list in one
-warp (while LANES * LOW <= 64: a thread takes two lists), so steps shorter than EACH move nothing.
+warp, so steps shorter than EACH move nothing, and which of two keys stays is known beforehand.
 """
 
 import triton
@@ -10,25 +10,25 @@ import triton.language as tl
 
 
 @triton.constexpr_function
+def keys_each(log_top, most):
+    """The keys of a list in a thread: a sorted run, if that is not more than `most`."""
+    return min(most, 2**log_top)
+
+
+@triton.constexpr_function
 def lists_a_warp(rows, lanes):
-    """How many of `rows` lists of `lanes` lanes to give a warp: at least two, if there are."""
-    return min(rows, max(2, 64 // lanes))
+    """How many of `rows` lists of `lanes` lanes to give a warp: at least one."""
+    return min(rows, max(1, 32 // lanes))
 
 
 @triton.constexpr_function
 def warps_of_lists(most, warps, width):
     """How many times the lists of a warp, `width` places, to sort at once; at most `most`."""
-    return min(most, max(1, warps * 64 // width))
-
-
-@triton.constexpr_function
-def wide_each(log_size):
-    """The keys of a list in a thread where registers are dear."""
-    return min(4, max(2, 2**log_size // 32))
+    return min(most, max(1, warps * 32 // width))
 
 
 @triton.jit
-def sort_ranks(EACH: tl.constexpr, LANES: tl.constexpr):
+def ranks(EACH: tl.constexpr, LANES: tl.constexpr):
     """The rank of each place of a list in sort form, [EACH, 1, LANES, 1]."""
     own = tl.arange(0, EACH)[:, None, None, None]
     return own + tl.arange(0, LANES)[None, None, :, None] * EACH
@@ -37,42 +37,58 @@ def sort_ranks(EACH: tl.constexpr, LANES: tl.constexpr):
 @triton.jit
 def sort_rows(HIGH: tl.constexpr, LOW: tl.constexpr):
     """The list of each place in sort form, [1, HIGH, 1, LOW]."""
-    return tl.arange(0, HIGH)[None, :, None, None] * LOW + tl.arange(0, LOW)[None, None, None, :]
+    row = tl.arange(0, HIGH)[None, :, None, None] * LOW + tl.arange(0, LOW)[None, None, None, :]
+    # The compiler would load neighbours in memory into one thread; told that there are none, it
+    # keeps a thread's registers for the first axis.
+    return tl.max_contiguous(row, [1, 1, 1, 1])
 
 
 @triton.jit
 def exchange(x, STRIDE: tl.constexpr, RUN: tl.constexpr):
-    """Order every two keys STRIDE ranks apart; runs of RUN ranks descend and ascend by turns."""
+    """Order every two keys STRIDE ranks apart, the larger first.
+
+    Runs of RUN ranks shorter than EACH descend and ascend by turns.
+    """
     EACH: tl.constexpr = x.shape[0]
     HIGH: tl.constexpr = x.shape[1]
     LANES: tl.constexpr = x.shape[2]
     LOW: tl.constexpr = x.shape[3]
     if STRIDE < EACH:
         FRONT: tl.constexpr = EACH // (2 * STRIDE)
-        REST: tl.constexpr = HIGH * LANES * LOW
-        pair = tl.reshape(x, [FRONT, 2, STRIDE, REST])
+        pair = tl.reshape(x, [FRONT, 2, STRIDE, HIGH * LANES * LOW])
         other = tl.sum(pair, 1, keep_dims=True) - pair
         second = tl.arange(0, 2)[None, :, None, None] == 1
-        if RUN < EACH:
-            run = tl.arange(0, FRONT)[:, None, None, None] // (RUN // (2 * STRIDE))
-        else:
-            run = tl.arange(0, REST)[None, None, None, :] // LOW % LANES // (RUN // EACH)
+        run = tl.arange(0, FRONT)[:, None, None, None] // (RUN // (2 * STRIDE))
+        smaller = second != ((run % 2 == 1) & (RUN < EACH))
     else:
         APART: tl.constexpr = STRIDE // EACH
-        BLOCKS: tl.constexpr = LANES // (2 * APART)
-        pair = tl.reshape(x, [EACH * HIGH, BLOCKS, 2, APART * LOW])
+        pair = tl.reshape(x, [EACH * HIGH, LANES // (2 * APART), 2, APART * LOW])
         other = tl.sum(pair, 2, keep_dims=True) - pair
-        second = tl.arange(0, 2)[None, None, :, None] == 1
-        run = tl.arange(0, BLOCKS)[None, :, None, None] // (RUN // (2 * STRIDE))
-    kept = tl.where(second != (run % 2 == 1), tl.minimum(pair, other), tl.maximum(pair, other))
+        smaller = tl.arange(0, 2)[None, None, :, None] == 1
+    kept = tl.where(smaller, tl.minimum(pair, other), tl.maximum(pair, other))
     return tl.reshape(kept, [EACH, HIGH, LANES, LOW])
+
+
+@triton.jit
+def turn_odd_runs(x, RUN: tl.constexpr):
+    """Turn the order of the keys of every second run of RUN >= EACH ranks round; its own inverse.
+
+    Cheaper than to choose in every step after which of two keys is to stay.
+    """
+    run = tl.arange(0, x.shape[2])[None, None, :, None] // (RUN // x.shape[0])
+    return x ^ -(run % 2).to(x.dtype)
 
 
 @triton.jit
 def merge(x, LOG_RUN: tl.constexpr):
     """Sort runs of 2 ** LOG_RUN ranks, each bitonic, to descend and ascend by turns."""
+    SEVERAL: tl.constexpr = x.shape[0] <= 2**LOG_RUN < x.shape[0] * x.shape[2]
+    if SEVERAL:
+        x = turn_odd_runs(x, 2**LOG_RUN)
     for step in tl.static_range(LOG_RUN):
         x = exchange(x, 2 ** (LOG_RUN - 1 - step), 2**LOG_RUN)
+    if SEVERAL:
+        x = turn_odd_runs(x, 2**LOG_RUN)
     return x
 
 

@@ -27,6 +27,13 @@ LIMITS = {
     "sm_90": (65536, 228 << 10, 64, 32),
     "sm_100": (65536, 228 << 10, 64, 32),
 }
+# Multiprocessors of a chip of each architecture, and the shared bytes a program may have.
+CHIPS = {
+    "sm_80": (108, 163 << 10),
+    "sm_90": (132, 227 << 10),
+    "sm_100": (148, 227 << 10),
+    "gfx942": (304, 64 << 10),
+}
 COLUMNS = (
     "configuration", "kernel", "architecture", "aligned", "registers", "spilled", "shared",
     "occupancy", "load", "store", "atomics", "barriers", "instructions", "offsets",
@@ -101,8 +108,11 @@ def _compile_configuration(job: tuple[str, str, bool]) -> list[dict[str, Any]]:
     from unittest.mock import patch
 
     name, architecture, aligned = job
-    on_amd = patch("pkm_triton.kernels.launch.on_amd", lambda: architecture.startswith("gfx"))
-    with on_amd, recorded_launches() as launches:
+    from pkm_triton.kernels.launch import Chip
+
+    chip = Chip(architecture, *CHIPS[architecture])
+    chosen = patch("pkm_triton.kernels.launch.chip", lambda device: chip)
+    with chosen, recorded_launches() as launches:
         shipped_configurations()[name]()
     return [
         {"configuration": name, **compile_launch(*launch, architecture, aligned)}

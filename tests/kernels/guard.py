@@ -53,6 +53,7 @@ class Guard:
         self._watch(builder, "create_atomic_rmw", 1, 3, writes=False)
         self._replace(builder, "set_grid_idx", self._set_grid_index)
         self._replace(builder, "create_fp_trunc", self._round)
+        self._replace(interpreter.ReduceOps, "generic_reduce", self._reduce)
         self._replace(interpreter.GridExecutor, "__call__", self._launch)
         self._replace(interpreter.InterpretedFunction, "__call__", self._call)
         return self
@@ -123,6 +124,15 @@ class Guard:
             address, times = np.unique(np.concatenate(written), return_counts=True)
             if (times > 1).any():
                 raise WriteRace(f"{self._kernel}: {(times > 1).sum()} addresses, two programs each")
+
+    @staticmethod
+    def _reduce(original: Any, this: Any, parts: Any) -> Any:
+        # The step of `tl.topk`, which the interpreter would take element by element.
+        if this.combine_fn is not tl.standard._xor_combine or this.axis is None:
+            return original(this, parts)
+        data = parts[0].handle.data
+        data = np.bitwise_xor.reduce(data, axis=this.axis, keepdims=bool(this.keep_dims))
+        return [this.to_tensor(data, parts[0].dtype)]
 
     @staticmethod
     def _round(original: Any, builder: Any, source: Any, target: Any) -> Any:

@@ -1,5 +1,7 @@
 """Planted bugs: each must be caught by the check named beside it."""
 
+import dataclasses
+import importlib
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 def small_integers(*shape):
     return torch.randint(-4, 5, shape).float()
+
+
+def on_chip(mutant, multiprocessors):
+    """Have the kernels choose shapes for many queries, on a small chip, or for few, on a large."""
+    launch = importlib.import_module(f"{mutant.__name__}.launch")
+    launch.INTERPRETER = dataclasses.replace(launch.INTERPRETER, multiprocessors=multiprocessors)
+    return mutant
+
+
+@pytest.fixture(autouse=True)
+def _restored_chip(monkeypatch):
+    launch = importlib.import_module(f"{kernels.__name__}.launch")
+    monkeypatch.setattr(launch, "INTERPRETER", launch.INTERPRETER)
 
 
 def check_ragged_gather(mutant):
@@ -39,45 +54,69 @@ def check_table_past_int32(mutant):
 
 def check_product_with_ties(mutant):
     query, subkeys = small_integers(3, 1, 8), small_integers(1, 2, 40, 4)
-    scores, slots = mutant.product_key_topk(query, subkeys, 9)
+    scores, slots = on_chip(mutant, 1).product_key_topk(query, subkeys, 9)
     assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
+
+
+def distinct_scores():
+    # Digits of base 200: no two slots score the same, and every rank counts.
+    subkeys = torch.stack([torch.randperm(200) * 200, torch.randperm(200)]).float()
+    subkeys = subkeys.view(1, 2, 200, 1)
+    return torch.ones(2, 1, 2), subkeys
 
 
 def check_product_of_distinct_scores(mutant):
-    # Digits of base 40: no two slots score the same, and every rank counts.
-    subkeys = torch.stack([torch.randperm(40) * 40, torch.randperm(40)]).float().view(1, 2, 40, 1)
-    query = torch.ones(2, 1, 2)
-    scores, slots = mutant.product_key_topk(query, subkeys, 12)
+    query, subkeys = distinct_scores()
+    scores, slots = on_chip(mutant, 1).product_key_topk(query, subkeys, 12)
     assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
+
+
+def check_few_of_distinct_scores(mutant):
+    query, subkeys = distinct_scores()
+    scores, slots = on_chip(mutant, 1 << 20).product_key_topk(query, subkeys, 12)
+    assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
+
+
+def check_few_of_a_long_stretch(mutant):
+    # Of 128 stretches, each of three tiles, the first has the best keys, all over two tiles.
+    keys = -torch.arange(1.0, 20_001)
+    keys[:128] = keys[:128][torch.randperm(128)]
+    query = torch.ones(1, 1, 1)
+    scores, _ = on_chip(mutant, 1 << 20).flat_key_topk(query, keys.view(1, -1, 1), 9)
+    assert torch.equal(scores[0, 0], torch.arange(-1.0, -10, -1))
 
 
 def check_flat_of_distinct_scores(mutant):
     keys = torch.randperm(600).float().view(1, 600, 1)
-    scores, _ = mutant.flat_key_topk(torch.ones(20, 1, 1), keys, 30)
+    scores, _ = on_chip(mutant, 1).flat_key_topk(torch.ones(20, 1, 1), keys, 30)
     assert torch.equal(scores[0, 0], torch.arange(599.0, 569, -1))
 
 
 def check_flat_scores_far_apart(mutant):
     keys = torch.logspace(-30, 30, 200)[torch.randperm(200)].view(1, 200, 1)
-    scores, _ = mutant.flat_key_topk(torch.ones(1, 1, 1), keys, 32)
+    scores, _ = on_chip(mutant, 1).flat_key_topk(torch.ones(1, 1, 1), keys, 32)
     assert torch.equal(scores[0, 0], keys.flatten().topk(32).values)
 
 
 def check_flat_of_equal_scores(mutant):
-    scores, slots = mutant.flat_key_topk(torch.zeros(1, 1, 2), torch.randn(1, 300, 2), 5)
+    keys = torch.randn(1, 300, 2)
+    scores, slots = on_chip(mutant, 1).flat_key_topk(torch.zeros(1, 1, 2), keys, 5)
     assert_selects_exactly(scores, slots, torch.zeros(1, 1, 300).double())
 
 
 def check_infinities(mutant):
     subkeys = torch.tensor([torch.inf, 0, -torch.inf]).view(1, 1, 3, 1).expand(1, 2, 3, 1)
-    scores, _ = mutant.product_key_topk(torch.ones(1, 1, 2), subkeys.contiguous(), 9)
-    assert scores.flatten().tolist() == [torch.inf] * 3 + [0] + [-torch.inf] * 5
+    for multiprocessors in (1, 1 << 20):
+        on_chip(mutant, multiprocessors)
+        scores, _ = mutant.product_key_topk(torch.ones(1, 1, 2), subkeys.contiguous(), 9)
+        assert scores.flatten().tolist() == [torch.inf] * 3 + [0] + [-torch.inf] * 5
 
 
 def check_precision_is_stated(mutant):
     # Only a GPU multiplies float32 in tf32 by default; the interpreter would not show it.
-    source = (Path(mutant.__file__).parent / "selection.py").read_text()
-    assert source.count("tl.dot(") == source.count("input_precision=PRECISION")
+    for file in ("selection.py", "split_topk.py"):
+        source = (Path(mutant.__file__).parent / file).read_text()
+        assert source.count("tl.dot(") == source.count("input_precision=PRECISION") > 0
 
 
 MUTATIONS = {
@@ -101,14 +140,13 @@ MUTATIONS = {
         check_flat_of_equal_scores,
     ),
     "bound above the k-th best": (
-        "selection.py", "low = tl.where(count >= top_k", "low = tl.where(count >= top_k // 2",
-        check_flat_of_distinct_scores,
+        "selection.py", "ROWS) >= LEAST", "ROWS) >= LEAST // 2", check_flat_of_distinct_scores,
     ),
     "threads of a row append to the same slots": (
         "selection.py", "before += tl.where", "before -= tl.where", check_product_with_ties,
     ),
     "rows past the last token": (
-        "pairs.py", "(row < num_tokens - token) & (rank", "(row >= 0) & (rank",
+        "pairs.py", "mask = (row < num_rows) & (rank < TOP_K)", "mask = rank + row * 0 < TOP_K",
         check_product_with_ties,
     ),
     "tf32": (
@@ -116,20 +154,35 @@ MUTATIONS = {
         check_precision_is_stated,
     ),
     "candidate bound off by one": (
-        "pairs.py", "tl.minimum(top_k // rank", "tl.minimum((top_k - 1) // rank",
+        "pairs.py", "tl.minimum(TOP_K // rank", "tl.minimum((TOP_K - 1) // rank",
         check_product_of_distinct_scores,
     ),
     "wrong stride of a slot": (
         "pairs.py", "* num_subkeys +", "* (num_subkeys + 1) +", check_product_with_ties,
     ),
     "infinities of both signs": (
-        "pairs.py", "(a + b != a + b) & (a == a) & (b == b)", "(a != a)", check_infinities,
+        "pairs.py", "tl.where(a + b != a + b,", "tl.where(a != a,", check_infinities,
+    ),
+    "infinities of both signs, few queries": (
+        "product_key_topk.py", 'tl.where(total != total, float("-inf"), total)', "total",
+        check_infinities,
     ),
     "narrow keys that overflow": (
-        "lists.py", "2 ** (31 - LOG_SIZE)", "2 ** 32 - 1", check_flat_scores_far_apart,
+        "lists.py", "< 2 ** (32 - LOG_SIZE)", "< 2**32 - 1", check_flat_scores_far_apart,
     ),
     "runs of one direction": (
-        "sorting.py", "second != (run % 2 == 1)", "second & (run >= 0)", check_product_with_ties,
+        "sorting.py", "(run % 2 == 1) & (RUN < EACH)", "(run < 0) & (RUN < EACH)",
+        check_product_with_ties,
+    ),
+    "keys past the end": (
+        "split_topk.py", "tl.where(key < end, pair, NOTHING)", "pair", check_few_of_a_long_stretch,
+    ),
+    "stretches merged in the same order": (
+        "split_topk.py", "tl.flip(second, 1)", "second", check_few_of_a_long_stretch,
+    ),
+    "wrong stride of a half": (
+        "product_key_topk.py", "half * splits * HALF_TOP", "half * HALF_TOP",
+        check_few_of_distinct_scores,
     ),
 }  # fmt: skip
 
