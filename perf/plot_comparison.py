@@ -52,7 +52,7 @@ def comparison(rows: Sequence[Row]) -> Figure | None:
     first = sets[0]["textbook"]
     add_caption(
         figure,
-        f"Ratios of medians of interleaved rounds: {describe(first, 'top_k', 'tokens')}. "
+        f"Ratios of medians of interleaved rounds: {describe(first, 'top_k', 'tokens', 'reads')}. "
         f"{first.device_name}; torch {first.torch_version}, "
         f"pkm_triton {first.pkm_triton_version}.",
     )
@@ -61,4 +61,6 @@ def comparison(rows: Sequence[Row]) -> Figure | None:
 
 def _label(row: Row) -> str:
     gradients = f", {'sparse' if row.sparse_grad else 'dense'}" if row.backward else ""
-    return f"{row.pass_name}{gradients}\n{row.tokens} token{'s' * (row.tokens > 1)}, k {row.top_k}"
+    reads = "" if row.reads == "layer" else f", {row.reads} reads"
+    tokens = f"{row.tokens} token{'s' * (row.tokens > 1)}"
+    return f"{row.pass_name}{gradients}{reads}\n{tokens}, k {row.top_k}"

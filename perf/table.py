@@ -94,7 +94,7 @@ def comparison_table(rows: Sequence[Row]) -> str | None:
     header += [f"{name}, working MiB" for name in names]
     lines = [_comparison_line(found, names, others) for found in sets]
     first = next(iter(sets[0].values()))
-    left_out = ("num_subkeys", "heads", "top_k", "tokens")
+    left_out = ("num_subkeys", "heads", "top_k", "tokens", "reads")
     caption = (
         "Medians of interleaved rounds; a ratio above 1 means that pkm_triton is faster. Working "
         "memory is the most that a pass allocates, the gradients it leaves aside. "
@@ -111,7 +111,8 @@ def _comparison_line(
     own = found.get("pkm_triton")
     gradient = ("sparse" if row.sparse_grad else "dense") if row.backward else MISSING
     cells = [str(value) for value in (row.num_subkeys, row.heads, row.top_k, row.tokens)]
-    cells += [row.pass_name, gradient, str(row.threads)]
+    reads = "" if row.reads == "layer" else f", {row.reads} reads"
+    cells += [row.pass_name + reads, gradient, str(row.threads)]
     cells += [f"{found[name].median_ms:.4g}" if name in found else MISSING for name in names]
     cells += [
         f"{found[name].median_ms / own.median_ms:.2f}" if own and name in found else MISSING

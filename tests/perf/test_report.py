@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from pkm_triton.perf import compare
@@ -84,6 +86,9 @@ def test_the_comparison_table_has_ratios_of_medians():
         "| 512 | 4 | 32 | 1 | forward | – | 1 | 10 | 15 | 1.50 | 2.00 | 4.00 |"
     )
     assert comparison_table(rows[:1]) is None
+    zipf = comparison_table([dataclasses.replace(row, reads="zipf") for row in rows])
+    assert "| 1 | forward, zipf reads | – |" in zipf
+    assert zipf.count("zipf") == 1
 
 
 def test_rows_of_one_picture_agree_in_all_but_its_axis(size_rows):
