@@ -60,9 +60,14 @@ def scores_in_float32(query: Tensor, keys: Tensor) -> bool:
     return interpreted or query.dtype != keys.dtype or query.dtype == torch.float32
 
 
-def precision(on: Chip) -> str:
+def float32_precision(device: torch.device) -> str:
     """How to multiply float32: as exactly as tensor cores can, three products for one."""
-    return "tf32x3" if on.architecture.startswith("sm_") else "ieee"
+    return "tf32x3" if chip(device).architecture.startswith("sm_") else "ieee"
+
+
+def load_stages(device: torch.device) -> int:
+    """Tiles to have in shared memory at once: the more, the more loads run ahead."""
+    return 3 if chip(device).shared > 64 << 10 else 1
 
 
 def block_of_dim(dim: int, most: int) -> int:
@@ -75,7 +80,8 @@ class Splits:
     """How a lookup of few queries runs (see `split_topk`).
 
     rows: queries of a program. tile, block_d: keys and elements of them scored at a time. top: of
-    the sorted best. splits: programs that share a head's keys. warps: of a program. merged,
+    the sorted best. splits: programs that share a head's keys. warps, stages: of a program, of
+    its loads. merged,
     merge_warps: entries of all splits, and warps that merge them. upcast: whether to score in
     float32. precision: of float32 products.
     """
@@ -86,6 +92,7 @@ class Splits:
     top: int
     splits: int
     warps: int
+    stages: int
     merged: int
     merge_warps: int
     upcast: bool
@@ -114,10 +121,11 @@ def choose_splits(query: Tensor, keys: Tensor, top_k: int) -> Splits | None:
         top=top,
         splits=splits,
         warps=4 if tile < 128 else 8,
+        stages=min(2, load_stages(query.device)),
         merged=merged,
         merge_warps=max(1, min(8, merged // 128)),
         upcast=upcast,
-        precision=precision(on),
+        precision=float32_precision(query.device),
     )
 
 
@@ -226,7 +234,7 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
         growth=growth,
         even=num_keys % tile == 0,
         upcast=upcast,
-        precision=precision(on),
+        precision=float32_precision(query.device),
     )
 
 

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import float32_precision, load_stages
+
 # Programs of a product: about one a multiprocessor of an H100.
 PROGRAMS = 128
 # Bytes of the tile of S of a program.
@@ -232,7 +234,9 @@ def product_key_topk_backward(
     dtypes = {query.dtype, subkeys.dtype}
     # bfloat16 goes into the products as it is; tf32 holds all of float16; float32 is kept whole.
     upcast = triton.knobs.runtime.interpret or dtypes != {torch.bfloat16}
-    precision = "tf32x3" if torch.float32 in dtypes else "tf32"
+    precision = float32_precision(query.device)
+    if precision == "tf32x3" and torch.float32 not in dtypes:
+        precision = "tf32"
     if not upcast:
         precision = "ieee"
     dtype = torch.float32 if upcast else torch.bfloat16
@@ -249,7 +253,8 @@ def product_key_topk_backward(
     options = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
     constants = {
         "H": heads, "K": reads, "N": num_subkeys, "D": dim, "BLOCK_D": block_d,
-        "BLOCK_K": block_k, "STAGES": 1 if upcast else 3, "UPCAST": upcast, "PRECISION": precision,
+        "BLOCK_K": block_k, "STAGES": 1 if upcast else load_stages(query.device), "UPCAST": upcast,
+        "PRECISION": precision,
     }  # fmt: skip
     grad_query = query.new_empty(query.shape)
     block_n = 32 if upcast else 64

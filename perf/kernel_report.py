@@ -1,4 +1,4 @@
-"""What the compiler makes of the forward kernels, for several GPUs and without any of them.
+"""What the compiler makes of the kernels, for several GPUs and without any of them.
 
 Each kernel file names its shipped configurations as calls of its launcher on tensors without data.
 The launches are recorded instead of run, and compiled ahead of time: the report cannot disagree
@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-FILES = ("gather_values", "product_key_topk", "flat_key_topk")
+FILES = (
+    "gather_values", "product_key_topk", "flat_key_topk", "scatter_values", "sampled_products",
+    "scatter_adam", "product_key_topk_backward", "sparse_adam",
+)  # fmt: skip
 # Registers, shared memory and warps of a multiprocessor, and its blocks (CUDA C++ Programming
 # Guide, technical specifications by compute capability).
 LIMITS = {

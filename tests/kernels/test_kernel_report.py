@@ -49,7 +49,13 @@ def test_gather(tmp_path, architecture):
     assert rows[0]["offsets"] == "1xi32+3xi64"
 
 
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", [name for name in LIMITS if "many" not in name])
+def test_small_kernels(tmp_path, name, architecture):
+    check(compile_rows(tmp_path, architecture, name), LIMITS[name])
+
+
 @pytest.mark.slow
-def test_lookup(tmp_path):
-    rows = compile_rows(tmp_path, "sm_90", "product many 512 of 32")
-    check(rows, LIMITS["product many 512 of 32"])
+@pytest.mark.parametrize("name", [name for name in LIMITS if name.startswith("product many")])
+def test_lookup(tmp_path, name):
+    check(compile_rows(tmp_path, "sm_90", name), LIMITS[name])
