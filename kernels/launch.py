@@ -80,10 +80,9 @@ class Splits:
     """How a lookup of few queries runs (see `split_topk`).
 
     rows: queries of a program. tile, block_d: keys and elements of them scored at a time. top: of
-    the sorted best. splits: programs that share a head's keys. warps, stages: of a program, of
-    its loads. merged,
-    merge_warps: entries of all splits, and warps that merge them. upcast: whether to score in
-    float32. precision: of float32 products.
+    the sorted best. splits: programs that share a head's keys. warps, stages: of a program, and of
+    its loads. merged, merge_warps: entries of all splits, and warps that merge them. upcast:
+    whether to score in float32. precision: of float32 products.
     """
 
     rows: int

@@ -90,6 +90,7 @@ def split_topk(query: Tensor, keys: Tensor, choice: Splits) -> Tensor:
     split_topk_kernel[(triton.cdiv(num_tokens, choice.rows), heads, choice.splits)](
         query, keys, part, num_tokens, keys.shape[-2], choice.splits, H=heads, D=query_dim,
         BLOCK_D=choice.block_d, ROWS=choice.rows, TILE=choice.tile, TOP=choice.top,
-        UPCAST=choice.upcast, PRECISION=choice.precision, num_warps=choice.warps, num_stages=choice.stages,
+        UPCAST=choice.upcast, PRECISION=choice.precision, num_warps=choice.warps,
+        num_stages=choice.stages,
     )  # fmt: skip
     return part
