@@ -5,12 +5,19 @@ import sys
 from pathlib import Path
 
 _START = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 """
-_END = "\ndist.destroy_process_group()\n"
+# Gloo's threads, torn down by the interpreter in any order, abort a process now and then after all
+# its work is done: so leave without tearing down.
+_END = """
+dist.barrier()
+dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)
+"""
 
 
 def run_two_ranks(script: str, folder: Path) -> list[str]:
