@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import choose_lists, choose_splits, list_programs
-from .lists import bits_of, index_of, score_of
+from .lists import bits_of, store_best
 from .selection import select
 from .split_topk import NOTHING, pair_index, pair_score, split_topk
 
@@ -27,9 +27,8 @@ def flat_key_topk_kernel(
     num_tokens, num_keys, TOP_K: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr,
     STAGES: tl.constexpr, LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr, PARTS: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr, GROWTH: tl.constexpr, EVEN: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr, GROWTH: tl.constexpr,
+    EVEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS tokens of one head at a time, and its lists."""
     list_ptr += tl.program_id(0).to(tl.int64) * ((2**LOG_LIST + 1) * ROWS)
@@ -51,22 +50,16 @@ def flat_key_topk_kernel(
             query_ptr + ((first * D + row.to(tl.int64) * (H * D)) + d), num_rows, keys_ptr,
             tl.cast(head, tl.int64) * num_keys * D, list_ptr, 0, num_keys, TOP_K, D, ROWS, TILE,
             BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_TOP, PARTS, SAMPLE, ROUNDS, FIRST_CUT, GROWTH,
-            EVEN,
-            UPCAST, PRECISION,
+            EVEN, UPCAST, PRECISION,
         )  # fmt: skip
-        rank = tl.arange(0, 2**LOG_TOP)[None, :]
-        mask = (rank < TOP_K) & (row < num_rows)
-        best = score_of(tl.load(list_ptr + row))
-        entry = tl.load(list_ptr + rank * ROWS + row, mask=mask, other=0)
-        # One NaN among a row's scores came first, and makes NaN of them all.
-        score = tl.where(best != best, float("nan"), score_of(entry))
-        place = (first * TOP_K + row.to(tl.int64) * (H * TOP_K)) + rank
-        tl.store(scores_ptr + place, score, mask=mask)
-        tl.store(slots_ptr + place, index_of(entry), mask=mask)
+        store_best(
+            list_ptr, scores_ptr, slots_ptr, first * TOP_K, num_rows, H * TOP_K, TOP_K, ROWS,
+            LOG_TOP,
+        )  # fmt: skip
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge_splits_kernel(
     part_ptr,  # [T * H, splits, TOP], int64
     scores_ptr,  # [T * H, k]
@@ -82,9 +75,8 @@ def merge_splits_kernel(
     # NaN is the best of all, and makes NaN of them all.
     spoilt = tl.max(bits_of(best), 0) == 0x7FFFFFFF
     place = row * TOP_K + rank
-    tl.store(
-        scores_ptr + place, tl.where(spoilt, float("nan"), pair_score(best)), mask=rank < TOP_K
-    )
+    score = tl.where(spoilt, float("nan"), pair_score(best))
+    tl.store(scores_ptr + place, score, mask=rank < TOP_K)
     tl.store(slots_ptr + place, pair_index(best), mask=rank < TOP_K)
 
 

@@ -46,11 +46,13 @@ def chip(device: torch.device) -> Chip:
 @functools.cache
 def _chip(index: int) -> Chip:
     properties = torch.cuda.get_device_properties(index)
-    count = properties.multi_processor_count
     if torch.version.hip is not None:
-        return Chip(properties.gcnArchName.split(":")[0], count, 64 << 10)
-    major, minor = torch.cuda.get_device_capability(index)
-    return Chip(f"sm_{major}{minor}", count, properties.shared_memory_per_block_optin)
+        architecture = properties.gcnArchName.split(":")[0]
+    else:
+        architecture = f"sm_{properties.major}{properties.minor}"
+    # torch does not say for AMD's, of which all have 64 KiB or more.
+    shared = getattr(properties, "shared_memory_per_block_optin", 64 << 10)
+    return Chip(architecture, properties.multi_processor_count, shared)
 
 
 def scores_in_float32(query: Tensor, keys: Tensor) -> bool:
@@ -134,11 +136,10 @@ class Lists:
 
     rows: queries of a program. tile, block_d: keys and elements of them scored at a time.
     warps, stages, registers: of a program, of its loads, and of a thread. log_list, log_top: of
-    the lengths of a list and of its sorted part.
-    sample, parts: keys looked at first for a bound, and the parts they are taken from.
-    first_cut, growth: keys after which the lists are cut back to the best first, and twice the
-    factor from one cut to the next. even: whether tiles fill the keys. upcast: whether to score
-    in float32. precision: of float32 products.
+    the lengths of a list and of its sorted part. sample, parts: keys looked at first for a bound,
+    and the parts they are taken from. first_cut, growth: keys after which the lists are cut back
+    to the best first, and twice the factor from one cut to the next. even: whether tiles fill the
+    keys. upcast: whether to score in float32. precision: of float32 products.
     """
 
     rows: int
@@ -188,8 +189,8 @@ class Lists:
 def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
     """The shape for many queries [T, H, ...] and keys [..., K, D].
 
-    Tall tiles read the keys seldom; they are as tall as leaves no multiprocessor idle, and as
-    shared memory holds.
+    Tall tiles read the keys seldom: 256 rows where they leave no multiprocessor idle and nothing
+    spills, else half of that.
     """
     num_tokens, heads, _ = query.shape
     num_keys, dim = keys.shape[-2:]

@@ -229,21 +229,31 @@ def sort_lists(
         sort_longer(list_ptr, 0, TOP_K, ROWS, WARPS, LOG_LIST, LOG_TOP, ROWS)
 
 
+@triton.constexpr_function
+def rows_at_once(rows, log_top):
+    """How many of `rows` lists to copy at once: what moves between threads takes shared memory."""
+    return min(rows, 2 ** (13 - log_top))
+
+
 @triton.jit
 def store_best(
     list_ptr, scores_ptr, slots_ptr, first, num_rows, STRIDE: tl.constexpr, TOP_K: tl.constexpr,
     ROWS: tl.constexpr, LOG_TOP: tl.constexpr,
 ):  # fmt: skip
-    """Copy the TOP_K entries each list starts with: rank a of row r to first + r * STRIDE + a."""
-    # Some rows at a time: what moves between threads takes shared memory.
-    SOME: tl.constexpr = min(ROWS, 2 ** (13 - LOG_TOP))
+    """Copy the TOP_K entries each list starts with: rank a of row r to first + r * STRIDE + a.
+
+    A NaN among a row's scores came first, and makes NaN of them all.
+    """
+    SOME: tl.constexpr = rows_at_once(ROWS, LOG_TOP)
     rank = tl.arange(0, 2**LOG_TOP)[None, :]
     for first_row in tl.range(0, ROWS, SOME, num_stages=1):
         row = first_row + tl.arange(0, SOME)[:, None]
         mask = (rank < TOP_K) & (row < num_rows)
+        best = score_of(tl.load(list_ptr + row))
         entry = tl.load(list_ptr + rank * ROWS + row, mask=mask, other=0)
+        score = tl.where(best != best, float("nan"), score_of(entry))
         place = (first + row.to(tl.int64) * STRIDE) + rank
-        tl.store(scores_ptr + place, score_of(entry), mask=mask)
+        tl.store(scores_ptr + place, score, mask=mask)
         tl.store(slots_ptr + place, index_of(entry), mask=mask)
 
 
@@ -253,7 +263,7 @@ def load_best(
     ROWS: tl.constexpr, LOG_TOP: tl.constexpr,
 ):  # fmt: skip
     """Undo `store_best`."""
-    SOME: tl.constexpr = min(ROWS, 2 ** (13 - LOG_TOP))
+    SOME: tl.constexpr = rows_at_once(ROWS, LOG_TOP)
     rank = tl.arange(0, 2**LOG_TOP)[None, :]
     for first_row in tl.range(0, ROWS, SOME, num_stages=1):
         row = first_row + tl.arange(0, SOME)[:, None]

@@ -18,6 +18,7 @@ from .lists import (
     narrow_rank,
     narrow_score,
     ordered,
+    rows_at_once,
     score_of,
     sort_lists,
     store_head,
@@ -168,7 +169,7 @@ def combine_by_lists(
     tl.debug_barrier()
     sort_lists(list_ptr, tl.max(count), TOP_K, ROWS, WARPS, LOG_PAIRS, LOG_TOP)
     tl.debug_barrier()
-    LISTS: tl.constexpr = min(ROWS, 32)
+    LISTS: tl.constexpr = rows_at_once(min(ROWS, 32), LOG_TOP)
     rank = tl.arange(0, 2**LOG_TOP)[None, :]
     for first_row in tl.range(0, ROWS, LISTS, num_stages=1):
         list_row = first_row + tl.arange(0, LISTS)[:, None]

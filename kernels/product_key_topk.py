@@ -25,14 +25,12 @@ def product_key_topk_kernel(
     scores_ptr,  # [T, H, k]
     slots_ptr,  # [T, H, k]
     list_ptr,  # [programs, ...], entries
-    num_tokens, num_subkeys, num_pairs,
-    TOP_K: tl.constexpr, HALF_K: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    num_tokens, num_subkeys, num_pairs, TOP_K: tl.constexpr, HALF_K: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, LOG_LIST: tl.constexpr,
-    LOG_PAIRS: tl.constexpr, LOG_HALF_TOP: tl.constexpr,
-    LOG_TOP: tl.constexpr, PARTS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr,
-    FIRST_CUT: tl.constexpr, GROWTH: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LOG_PAIRS: tl.constexpr, LOG_HALF_TOP: tl.constexpr, LOG_TOP: tl.constexpr,
+    PARTS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr,
+    GROWTH: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS tokens of one head at a time, and its lists."""
     # Slots: of a half's list, or of both halves' best and of a list of their sums.
@@ -60,8 +58,8 @@ def product_key_topk_kernel(
             book = tl.cast(head * 2 + half, tl.int64) * num_subkeys * D
             select(
                 rows_ptr, num_rows, subkeys_ptr, book, list_ptr, 0, num_subkeys, HALF_K, D,
-                ROWS, TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_HALF_TOP, PARTS,
-                SAMPLE, ROUNDS, FIRST_CUT, GROWTH, EVEN, UPCAST, PRECISION,
+                ROWS, TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_HALF_TOP, PARTS, SAMPLE, ROUNDS,
+                FIRST_CUT, GROWTH, EVEN, UPCAST, PRECISION,
             )  # fmt: skip
             if half == 0:
                 # Where the result will be written, so that it takes no memory of its own.
@@ -83,7 +81,7 @@ def product_key_topk_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge_halves_kernel(
     part_ptr,  # [T * H, 2, splits, TOP], int64
     scores_ptr,  # [T * H, k]
@@ -96,7 +94,7 @@ def merge_halves_kernel(
     part_ptr += row * 2 * splits * HALF_TOP
     half = tl.arange(0, 2)[:, None]
     place = tl.arange(0, SIZE)[None, :]
-    mask = (place < splits * HALF_TOP) & (half < 2)
+    mask = place < splits * HALF_TOP
     part = tl.load(part_ptr + (half * splits * HALF_TOP + place), mask=mask, other=NOTHING)
     best = tl.topk(part, HALF_TOP)
     first, second = tl.split(tl.permute(best, (1, 0)))
@@ -186,6 +184,7 @@ def shipped_configurations() -> dict[str, Callable[[], object]]:
         "product many 4096 of 32": call(16384, 4096, 32, torch.bfloat16),
         "product many 512 of 64": call(16384, 512, 64, torch.bfloat16),
         "product many 512 of 128": call(16384, 512, 128, torch.bfloat16),
+        "product many 512 of 1000": call(16384, 512, 1000, torch.bfloat16),
         "product many float32": call(16384, 512, 32, torch.float32),
         "product some 512 of 32": call(4096, 512, 32, torch.bfloat16),
         "product few 512 of 32": call(1, 512, 32, torch.bfloat16),

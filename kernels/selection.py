@@ -192,8 +192,7 @@ def score_tile(
 def tile_maxima(
     query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, KEY_DIM: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The maxima, packed, of TILE groups of keys: those of a tile every STEP keys."""
     best = tl.full([2, TILE // 4, 2 * ROWS], float("-inf"), tl.float32)
@@ -211,8 +210,7 @@ def first_look(
     query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, TOP_K: tl.constexpr,
     KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr, PARTS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr,
-    EVEN: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A score that at least TOP_K of the first SAMPLE keys reach, in each row; [2, 2 * ROWS].
 
@@ -271,8 +269,7 @@ def select(
         for tile_start in tl.range(start, stop, TILE, num_stages=STAGES, disable_licm=True):
             scores = score_tile(
                 query, query_ptr, query_mask, keys_ptr, keys_first, tile_start, end, KEY_DIM, ROWS,
-                TILE,
-                BLOCK_D, EVEN, UPCAST, PRECISION,
+                TILE, BLOCK_D, EVEN, UPCAST, PRECISION,
             )  # fmt: skip
             count = append(
                 scores, tile_start, end, bound, count, list_ptr, ROWS, TILE, EVEN

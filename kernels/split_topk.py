@@ -53,7 +53,7 @@ def score_keys(
     return scores
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_keys"])
+@triton.jit(do_not_specialize=["num_tokens", "num_keys", "splits"])
 def split_topk_kernel(
     query_ptr,  # [T, H, D]
     keys_ptr,  # [H, K, D]

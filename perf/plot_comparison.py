@@ -21,14 +21,15 @@ def comparison(rows: Sequence[Row]) -> Figure | None:
         or len({(row.num_subkeys, row.heads) for found in sets for row in found.values()}) > 1
     ):
         return None
+    names = [name for name in IMPLEMENTATIONS if any(name in found for found in sets)]
     threads = sorted({found["textbook"].threads for found in sets})
     tallest = max(sum(found["textbook"].threads == each for found in sets) for each in threads)
     figure, axes = new_figure(len(threads), 5.4 * len(threads), 1.8 + 0.42 * tallest)
     for axis, count in zip(axes, threads, strict=True):
         shown = [found for found in sets if found["textbook"].threads == count]
-        height = 0.8 / len(IMPLEMENTATIONS)
-        for lane, name in enumerate(IMPLEMENTATIONS):
-            places = [place + (lane - 1) * height for place in range(len(shown))]
+        height, middle = 0.8 / len(names), (len(names) - 1) / 2
+        for lane, name in enumerate(names):
+            places = [place + (lane - middle) * height for place in range(len(shown))]
             speeds = [
                 found["textbook"].median_ms / found[name].median_ms if name in found else 0
                 for found in shown

@@ -7,6 +7,7 @@ from pathlib import Path
 _START = """
 import os, sys, torch, torch.distributed as dist
 rank, folder = int(sys.argv[1]), sys.argv[2]
+sys.path.append(sys.argv[3])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 """
@@ -21,10 +22,11 @@ os._exit(0)
 
 
 def run_two_ranks(script: str, folder: Path) -> list[str]:
-    """What each of two ranks printed; the script knows its `rank` and the `folder`."""
+    """What each of two ranks printed; the script knows its `rank`, `folder` and these tests."""
+    tests = str(Path(__file__).parent)
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", _START + script + _END, str(rank), str(folder)],
+            [sys.executable, "-c", _START + script + _END, str(rank), str(folder), tests],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

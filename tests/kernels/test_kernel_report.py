@@ -37,7 +37,7 @@ def check(rows, limits):
         assert row["registers"] <= limits["registers"], row
         assert row["shared"] <= limits["shared"], row
         if row["occupancy"] != "":
-            assert row["occupancy"] >= 25, row
+            assert row["occupancy"] >= limits.get("occupancy", 25), row
         assert row["load"] >= limits["load"], row
 
 
