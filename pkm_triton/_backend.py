@@ -119,6 +119,8 @@ def implementation(*tensors: Tensor) -> ModuleType:
         RuntimeError: if "triton" was asked for and cannot run.
         TypeError: if "triton" was asked for and a tensor is float64.
     """
+    if _current != "triton" and not tensors[0].is_cuda:
+        return reference
     device = tensors[0].device
     has_float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
     if _current == "triton":
@@ -131,7 +133,7 @@ def implementation(*tensors: Tensor) -> ModuleType:
         if obstacle is not None:
             raise RuntimeError(f"backend 'triton' was asked for, but {obstacle}")
         return importlib.import_module("pkm_triton.kernels")
-    if _current == "torch" or device.type != "cuda" or has_float64:
+    if _current == "torch" or has_float64:
         return reference
     obstacle = _obstacle(device)
     if obstacle is not None:

@@ -29,9 +29,8 @@ def check_tensor(name: str, tensor: Tensor, form: str, dimensions: int, *, exact
 
 def check_same_device(**tensors: Tensor) -> None:
     """All tensors lie on one device."""
-    devices = {name: tensor.device for name, tensor in tensors.items()}
-    if len(set(devices.values())) > 1:
-        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        where = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"all tensors must be on one device, but got {where}")
 
 

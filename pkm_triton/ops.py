@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
 from ._backend import implementation
 from ._checks import (
     SparseGrad,
     check_flat_key_topk,
     check_gather_values,
     check_product_key_topk,
+    check_slot_range,
     check_sparse_grad,
     int32_slots,
 )
@@ -237,11 +239,18 @@ def _topk(name: str) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
 
 
 def _run_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    slots = int32_slots(slots, values.shape[0])
     if slots.numel() == 0:
         return values.new_zeros(slots.shape[0], values.shape[1])
-    twin = implementation(values, weights).gather_values
-    return twin(values.contiguous(), slots, weights.contiguous())
+    twin = implementation(values, weights)
+    if twin is reference and slots.is_cpu and slots.dtype == torch.int32:
+        # torch looks at every slot as it reads, so that a pass of our own is not needed.
+        try:
+            return twin.gather_values(values.contiguous(), slots.contiguous(), weights.contiguous())
+        except RuntimeError:
+            check_slot_range(slots, values.shape[0])
+            raise
+    slots = int32_slots(slots, values.shape[0])
+    return twin.gather_values(values.contiguous(), slots, weights.contiguous())
 
 
 def _fake_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class QueryNetwork(nn.Module):
             rows = query.reshape(math.prod(x.shape[:-1]), query.shape[-1])
             query = batch_norm(self.norm, rows, None if mask is None else mask.flatten())
             return query.view(*x.shape[:-1], self.heads, self.query_dim)
-        return self.norm(query.unflatten(-1, (self.heads, self.query_dim)))
+        return self.norm(query.view(*x.shape[:-1], self.heads, self.query_dim))
 
 
 def synchronise_batch_norm(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:

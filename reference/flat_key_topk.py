@@ -10,7 +10,7 @@ from torch import Tensor
 from .chunks import token_chunks
 from .gather_values import gather_values
 from .scatter_values import gather_values_backward
-from .topk import full_float32, scoring_dtype, topk_last_dim
+from .topk import matmul_full_float32, scoring_dtype, topk_last_dim
 
 # Scores are made for this many keys at a time, so that a chunk of tokens is tall enough for the
 # matrix product to run at full speed.
@@ -42,8 +42,7 @@ def flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
             index = slots.new_empty(rows.shape[0], 0, dtype=torch.int64)
             for start in range(0, num_keys, width):
                 block = keys[head, start : start + width].to(dtype)
-                with full_float32(query.device):
-                    block_scores = rows @ block.T
+                block_scores = matmul_full_float32(rows, block.T)
                 value, place = topk_last_dim(block_scores, min(top_k, block.shape[0]))
                 best = torch.cat([best, value], dim=-1)
                 index = torch.cat([index, place + start], dim=-1)

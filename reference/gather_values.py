@@ -32,8 +32,7 @@ def gather_values(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     Returns:
         [T, d_v] in the dtype of `values`. No [T, R, d_v] is formed.
     """
-    parts = split_weights(weights, values.dtype)
-    if len(parts) == 1:
-        return F.embedding_bag(slots, values, per_sample_weights=parts[0], mode="sum")
-    weights = torch.cat(parts, dim=-1)
-    return F.embedding_bag(slots.repeat(1, 2), values, per_sample_weights=weights, mode="sum")
+    if weights.dtype != values.dtype:
+        parts = split_weights(weights, values.dtype)
+        weights, slots = torch.cat(parts, dim=-1), slots.repeat(1, len(parts))
+    return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")

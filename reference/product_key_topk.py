@@ -5,12 +5,13 @@ Shapes: T tokens, H heads, N sub-keys a codebook, k reads a head, D = d_q / 2.
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
-from .chunks import token_chunks
-from .topk import full_float32, scoring_dtype, topk_last_dim
+from .chunks import MAX_TEMPORARY_ELEMENTS, token_chunks
+from .topk import matmul_full_float32, scoring_dtype, topk_last_dim
 
 
 @functools.lru_cache(maxsize=64)
@@ -47,49 +48,55 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
         [T, H, top_k], int32. A NaN among a query's sub-key scores makes all its scores NaN. The
         sum of +inf and -inf is -inf: a slot that either half rules out is ruled out.
     """
-    num_tokens, heads, query_dim = query.shape
-    num_subkeys = subkeys.shape[2]
+    heads, _, num_subkeys, width = subkeys.shape
     dtype = scoring_dtype(query, subkeys)
-    keys = subkeys.to(dtype).flatten(0, 1).transpose(-1, -2)
-    per_half = min(top_k, num_subkeys)
+    keys = subkeys.to(dtype).view(2 * heads, num_subkeys, width).transpose(1, 2)
     ranks = candidate_ranks(top_k, num_subkeys, query.device)
     elements = heads * 2 * max(num_subkeys, ranks[0].numel())
-    chunks = []
-    for chunk in token_chunks(num_tokens, elements):
-        halves = query[chunk].to(dtype).view(-1, 2 * heads, query_dim // 2)
-        with full_float32(query.device):
-            # Not named, so that the scores, [2 H, t, N], are gone before the pairs are made.
-            best, index = topk_last_dim(torch.bmm(halves.transpose(0, 1), keys), per_half)
-        # A head's two lists end to end, [t, H, 2 k].
-        best = best.transpose(0, 1).reshape(-1, heads, 2 * per_half)
-        index = index.transpose(0, 1).reshape(-1, heads, 2 * per_half)
-        scores, row, column = _best_pairs(best, index, ranks, top_k)
-        chunks.append((scores, torch.add(column, row, alpha=num_subkeys).to(torch.int32)))
-    if len(chunks) == 1:
-        return chunks[0]
-    return torch.cat([scores for scores, _ in chunks]), torch.cat([slots for _, slots in chunks])
+    if query.shape[0] * elements <= MAX_TEMPORARY_ELEMENTS:
+        return _topk_of_chunk(query.to(dtype), keys, ranks, top_k)
+    chunks = [
+        _topk_of_chunk(query[chunk].to(dtype), keys, ranks, top_k)
+        for chunk in token_chunks(query.shape[0], elements)
+    ]
+    scores, slots = zip(*chunks, strict=True)
+    return torch.cat(scores), torch.cat(slots)
 
 
-def _best_pairs(
-    best: Tensor, index: Tensor, ranks: tuple[Tensor, Tensor], top_k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The best sums of one score from each of two lists, and what `index` says of both places.
-
-    best, index [t, H, 2 L], the lists end to end, each descending; ranks two of [C].
-    """
-    first, second = (row.expand(*best.shape[:2], -1) for row in ranks)
+def _topk_of_chunk(
+    query: Tensor, keys: Tensor, ranks: tuple[Tensor, Tensor], top_k: int
+) -> tuple[Tensor, Tensor]:
+    """Scores and slots [t, H, k] of query [t, H, 2 D]; keys [2 H, D, N]; ranks two of [C]."""
+    books, width, num_subkeys = keys.shape
+    heads = books // 2
+    per_half = min(top_k, num_subkeys)
+    halves = query.view(-1, books, width).transpose(0, 1)
+    # Not named, so that the scores, [2 H, t, N], are gone before the pairs are made.
+    best, index = topk_last_dim(matmul_full_float32(halves, keys), per_half)
+    # A head's two lists end to end, [t, H, 2 k].
+    best = best.transpose(0, 1).reshape(-1, heads, 2 * per_half)
+    index = index.transpose(0, 1).reshape(-1, heads, 2 * per_half)
+    first, second = (rank.expand(best.shape[0], heads, -1) for rank in ranks)
     sums = best.gather(-1, first) + best.gather(-1, second)
-    # torch.topk puts NaN first, so the best of each half tells whether there is one; only there,
-    # or where +inf meets -inf, is a sum NaN.
-    leaders = best[..., :: best.shape[-1] // 2]
-    regular = leaders.device.type == "cpu" and leaders.sum().item() < torch.inf
-    if not regular:
-        sums.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    scores, position = sums.topk(top_k, dim=-1)
-    if not regular:
-        scores.masked_fill_(leaders.isnan().any(-1, keepdim=True), torch.nan)
-    first, second = ranks[0].take(position), ranks[1].take(position)
-    return scores, index.gather(-1, first), index.gather(-1, second)
+    scores, position = _best_sums(sums, best[..., ::per_half], top_k)
+    row = index.gather(-1, ranks[0].take(position))
+    column = index.gather(-1, ranks[1].take(position))
+    return scores, torch.add(column, row, alpha=num_subkeys).to(torch.int32)
+
+
+def _best_sums(sums: Tensor, leaders: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The best of sums [t, H, C], and where; leaders [t, H, 2] are the best of each half.
+
+    A sum is NaN where a half's best is, or +inf meets -inf, and torch.topk puts NaN first: on a CPU
+    the result tells whether there is one. On a GPU to ask would wait for the device.
+    """
+    if sums.is_cpu:
+        scores, position = sums.topk(top_k)
+        if not math.isnan(scores.sum().item()):
+            return scores, position
+    sums.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    scores, position = sums.topk(top_k)
+    return scores.masked_fill_(leaders.isnan().any(-1, keepdim=True), torch.nan), position
 
 
 def product_key_topk_backward(

@@ -1,35 +1,31 @@
 """Exact top-k of the last dimension, and the scoring precision the lookups share."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 
-def scoring_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is float64, else float32: scores are never kept in less."""
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+def scoring_dtype(query: Tensor, keys: Tensor) -> torch.dtype:
+    """float64 if either is float64, else float32: scores are never kept in less."""
+    return torch.float64 if torch.float64 in (query.dtype, keys.dtype) else torch.float32
 
 
-@contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """Matrix products of float32 in float32, whatever `torch.set_float32_matmul_precision` says.
+def matmul_full_float32(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b`, of float32 in float32, whatever `torch.set_float32_matmul_precision` says.
 
-    The reduced precisions it allows are enough to change which slots win.
+    Takes two matrices, or two batches of them. The reduced precisions that it allows are enough to
+    change which slots win.
     """
-    backends = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    matmul = backends.matmul  # pyright: ignore[reportAttributeAccessIssue]  (missing in stubs)
-    previous = matmul.fp32_precision
+    multiply = torch.mm if a.ndim == 2 else torch.bmm
+    backends = torch.backends.cuda if a.is_cuda else torch.backends.mkldnn
+    settings = backends.matmul  # pyright: ignore[reportAttributeAccessIssue]  (missing in stubs)
+    previous = settings.fp32_precision
     if previous in ("none", "ieee"):
-        yield
-        return
-    matmul.fp32_precision = "ieee"
+        return multiply(a, b)
+    settings.fp32_precision = "ieee"
     try:
-        yield
+        return multiply(a, b)
     finally:
-        matmul.fp32_precision = previous
+        settings.fp32_precision = previous
 
 
 def topk_last_dim(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -49,8 +45,8 @@ def topk_last_dim(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     width = scores.shape[-1]
     # Measured on CPUs at widths 128 to 4096: below 16 k the gather costs what it saves, and so do
     # the calls where rows are few.
-    if scores.device.type != "cpu" or width < 16 * top_k or scores.numel() < 1 << 16:
-        return scores.topk(top_k, dim=-1)
+    if not scores.is_cpu or width < 16 * top_k or scores.numel() < 1 << 16:
+        return scores.topk(top_k)
     size = 4 if width < 32 * top_k else 8
     num_groups = width // size
     # Group g holds the elements g, g + num_groups, ...: its maximum reduces over a strided

@@ -61,6 +61,7 @@ class OnGPU:
     """Stands for a tensor on a GPU where there is none."""
 
     device = torch.device("cuda", 0)
+    is_cuda = True
 
     def __init__(self, dtype=torch.float32):
         self.dtype = dtype
