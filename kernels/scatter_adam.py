@@ -5,7 +5,7 @@ With S the sparse [T, K] matrix of (slots, weights), R entries a row, the gradie
 Shapes: T tokens, R reads a token, K slots, P stretches of the reads.
     param, exp_avg, exp_avg_sq, master [K, d_v]; grad_output [T, d_v]; slots, weights [T, R]
 
-The reads are sorted and dealt out to programs as in `scatter_values`; a program that has summed a
+The reads are sorted and dealt out to programs by runs (see `runs`); a program that has summed a
 row makes the step on it at once. Hot rows alone are summed from parts, at most one a stretch, and
 make their step in a launch of their own.
 """
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .scatter_values import LATER_PART, NO_PART, deal_out, share_of, sum_parts
+from .runs import LATER_PART, NO_PART, deal_out, share_of, sum_parts
 from .sparse_adam import adam_arguments, adam_update, update_rows
 
 

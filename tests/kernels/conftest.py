@@ -46,3 +46,11 @@ def _poisoned_empty(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs))
     )
+
+
+@pytest.fixture(params=[8, 1], ids=["stretch8", "stretch1"])
+def stretch(request, monkeypatch):
+    """Few reads a program, so that runs are long beside them."""
+    from pkm_triton.kernels import runs
+
+    monkeypatch.setattr(runs, "LEAST_STRETCH", request.param)

@@ -75,10 +75,10 @@ def check_scatter_adam_hot_row(mutant):
 
 MUTATIONS = {
     "runs cut at the end of a stretch": (
-        "scatter_values.py", "        end += follows\n", "        end += 0\n", check_scatter,
+        "runs.py", "        end += follows\n", "        end += 0\n", check_scatter,
     ),
     "runs taken from the stretch before": (
-        "scatter_values.py", "begin += count_equal", "end_ = count_equal", check_scatter,
+        "runs.py", "begin += count_equal", "end_ = count_equal", check_scatter,
     ),
     "sum carried into the next row": (
         "scatter_values.py", "total = tl.zeros([BLOCK_V], tl.float32)\n            if COMPACT",
@@ -92,7 +92,7 @@ MUTATIONS = {
         "scatter_values.py", "other=1) == 0)", "other=1) == 2)", check_scatter,
     ),
     "parts of a hot row lost": (
-        "scatter_values.py", "(mark != LATER_PART) & (part != stretch)", "part != stretch",
+        "runs.py", "(mark != LATER_PART) & (part != stretch)", "part != stretch",
         check_hot_row,
     ),
     "hot row written by each part": (

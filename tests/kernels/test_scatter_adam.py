@@ -1,21 +1,12 @@
 """Adam from the reads themselves, against the gradient of the rows and then Adam."""
 
-import importlib
-
 import pytest
 import torch
 
 from pkm_triton import kernels, reference
 
-scatter_values = importlib.import_module("pkm_triton.kernels.scatter_values")
 OPTIONS = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
-
-
-@pytest.fixture(params=[8, 1], ids=["stretch8", "stretch1"])
-def stretch(request, monkeypatch):
-    """Few reads a program, so that runs are long beside them."""
-    monkeypatch.setattr(scatter_values, "LEAST_STRETCH", request.param)
 
 
 def make(device, num_tokens=21, reads=9, num_slots=40, width=60, dtype=FLOAT32, kind="zipf"):

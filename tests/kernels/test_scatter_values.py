@@ -1,13 +1,13 @@
 """The gradients of the gather of values against brute force."""
 
-import importlib
-
 import pytest
 import torch
 from oracle import gather
 from tolerance import assert_close_to_oracle
 
-scatter = importlib.import_module("pkm_triton.kernels.scatter_values")
+from pkm_triton import kernels
+from pkm_triton.kernels import runs
+
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 
 # T, R, K, d_v, dtype of the gradient, the values and the weights, how slots are drawn
@@ -20,12 +20,6 @@ CASES = [
     (15, 6, 900, 48, BFLOAT16, FLOAT32, FLOAT32, "uniform"),
     (5, 4, 9, 2500, FLOAT32, FLOAT32, BFLOAT16, "zipf"),
 ]
-
-
-@pytest.fixture(params=[8, 1], ids=["stretch8", "stretch1"])
-def stretch(request, monkeypatch):
-    """Few reads a program, so that runs are long beside them."""
-    monkeypatch.setattr(scatter, "LEAST_STRETCH", request.param)
 
 
 def draw_slots(kind, num_tokens, reads, num_slots):
@@ -62,11 +56,11 @@ def test_accurate(case, device, guard, stretch):
     _, values, slots, weights = inputs
     oracle = brute_force(*inputs, torch.float64)
     same = [g.to(x.dtype) for g, x in zip(brute_force(*inputs, FLOAT32), inputs[1::2], strict=True)]
-    grad_values, grad_weights = scatter.gather_values_backward(*inputs, True, True)
+    grad_values, grad_weights = kernels.gather_values_backward(*inputs, True, True)
     assert (grad_values.dtype, grad_weights.dtype) == (values.dtype, weights.dtype)
     assert_close_to_oracle(grad_values, oracle[0], same[0])
     assert_close_to_oracle(grad_weights, oracle[1], same[1])
-    rows, grad_rows, sparse_weights = scatter.gather_values_backward_sparse(*inputs, True)
+    rows, grad_rows, sparse_weights = kernels.gather_values_backward_sparse(*inputs, True)
     assert torch.equal(rows, slots.unique().long())
     # The same sums, whatever form they are given out in.
     assert torch.equal(grad_rows, grad_values[rows])
@@ -78,18 +72,18 @@ def test_accurate(case, device, guard, stretch):
 
 def test_only_what_is_wanted(device, guard):
     inputs = make(CASES[2], device)
-    both = scatter.gather_values_backward(*inputs, True, True)
+    both = kernels.gather_values_backward(*inputs, True, True)
     oracle = brute_force(*inputs, torch.float64)[1]
     nothing = torch.full_like(inputs[1], torch.nan)
-    values_only = scatter.gather_values_backward(inputs[0], nothing, *inputs[2:], True, False)
+    values_only = kernels.gather_values_backward(inputs[0], nothing, *inputs[2:], True, False)
     assert torch.equal(values_only[0], both[0])
     assert values_only[1].shape == (0,)
     no_weights = torch.full_like(inputs[3], torch.nan)
-    weights_only = scatter.gather_values_backward(*inputs[:3], no_weights, False, True)
+    weights_only = kernels.gather_values_backward(*inputs[:3], no_weights, False, True)
     assert weights_only[0].shape == (0,)
     assert_close_to_oracle(weights_only[1], oracle, both[1])
-    assert scatter.gather_values_backward_sparse(*inputs, False)[2].shape == (0,)
-    assert [g.shape for g in scatter.gather_values_backward(*inputs, False, False)] == [(0,), (0,)]
+    assert kernels.gather_values_backward_sparse(*inputs, False)[2].shape == (0,)
+    assert [g.shape for g in kernels.gather_values_backward(*inputs, False, False)] == [(0,), (0,)]
 
 
 @pytest.mark.parametrize("needs_values", [True, False])
@@ -98,28 +92,28 @@ def test_slots_out_of_range(needs_values, device, guard, stretch):
     slots[0], slots[1, 1], slots[2, 0], slots[3:] = -1, 9, 2**31 - 1, -(2**31)
     inputs = grad_output, values, slots, weights
     oracle = brute_force(*inputs, torch.float64)
-    grads = scatter.gather_values_backward(*inputs, needs_values, True)
+    grads = kernels.gather_values_backward(*inputs, needs_values, True)
     torch.testing.assert_close(grads[1].double(), oracle[1], rtol=1e-2, atol=0.1, equal_nan=True)
     if needs_values:
         torch.testing.assert_close(grads[0].double(), oracle[0], rtol=1e-5, atol=1e-5)
-    rows, grad_rows, _ = scatter.gather_values_backward_sparse(*inputs, True)
+    rows, grad_rows, _ = kernels.gather_values_backward_sparse(*inputs, True)
     assert torch.equal(rows, slots[(slots >= 0) & (slots < 9)].unique().long())
     torch.testing.assert_close(grad_rows.double(), oracle[0][rows], rtol=1e-5, atol=1e-5)
 
 
 def test_same_bits_in_any_order_of_programs(device, guarded, monkeypatch):
-    monkeypatch.setattr(scatter, "LEAST_STRETCH", 3)
+    monkeypatch.setattr(runs, "LEAST_STRETCH", 3)
     inputs = make((11, 5, 12, 20, FLOAT32, FLOAT32, FLOAT32, "zipf"), device)
-    first = scatter.gather_values_backward(*inputs, True, True)
+    first = kernels.gather_values_backward(*inputs, True, True)
     for seed in range(20):
         with guarded(seed):
-            again = scatter.gather_values_backward(*inputs, True, True)
+            again = kernels.gather_values_backward(*inputs, True, True)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_adjoint_of_the_gather(device, guard):
     grad_output, values, slots, weights = make(CASES[4][:4] + (FLOAT32,) * 3 + ("zipf",), device)
-    grad_values, grad_weights = scatter.gather_values_backward(
+    grad_values, grad_weights = kernels.gather_values_backward(
         grad_output, values, slots, weights, True, True
     )
     product = (gather(values, slots, weights) * grad_output.double()).sum()
@@ -136,7 +130,7 @@ def test_table_past_int32(device, guard):
     values = torch.empty((1 << 21) + 8, 1024, dtype=BFLOAT16)
     values[-1] = 3
     slots = torch.full((2, 1), values.shape[0] - 1, dtype=torch.int32)
-    rows, grad_rows, grad_weights = scatter.gather_values_backward_sparse(
+    rows, grad_rows, grad_weights = kernels.gather_values_backward_sparse(
         torch.ones(2, 1024), values, slots, torch.ones(2, 1), True
     )
     assert rows.tolist() == [values.shape[0] - 1]
@@ -148,6 +142,6 @@ def test_reads_and_writes_each_row_once(device, guarded):
     num_tokens, reads, width = 40, 8, 64
     inputs = make((num_tokens, reads, 50, width, FLOAT32, FLOAT32, FLOAT32, "uniform"), device)
     with guarded() as guard:
-        rows, _, _ = scatter.gather_values_backward_sparse(*inputs, True)
+        rows, _, _ = kernels.gather_values_backward_sparse(*inputs, True)
     bound = 2 * rows.numel() * width * 4 + num_tokens * reads * (width * 4 + 40)
     assert guard.bytes["scatter_values_kernel"] < 1.15 * bound
