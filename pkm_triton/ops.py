@@ -5,6 +5,7 @@ Behind each public function is one operator registered with torch.library, so th
 public functions are plain Python: they check, flatten the leading dimensions and call it.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -128,20 +129,19 @@ def gather_values(
 def _register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define an operator from its schema, the function that runs it, and its shapes."""
     name = schema.partition("(")[0]
-
-    def call(first: Tensor, *others: Any) -> Any:
-        device = first.device.type
-        if not torch.is_autocast_enabled(device):
-            return run(first, *others)
-        # The ops state their own precision; autocast must not lower it inside them.
-        with torch.autocast(device, enabled=False):
-            return run(first, *others)
-
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, call, key)
+    op = getattr(torch.ops.pkm_triton, name).default
     torch.library.register_fake(f"pkm_triton::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.pkm_triton, name).default
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)
+        _LIBRARY.impl(name, functools.partial(_without_autocast, op, key.lower()), f"Autocast{key}")
+    return op
+
+
+def _without_autocast(op: Any, device: str, *args: Any) -> Any:
+    """The ops state their own precision; autocast must not lower it inside them."""
+    with torch.autocast(device, enabled=False):
+        return op(*args)
 
 
 def _register_with_gradient(
