@@ -117,10 +117,12 @@ def _compile_configuration(job: tuple[str, str, bool]) -> list[dict[str, Any]]:
     chosen = patch("pkm_triton.kernels.launch.chip", lambda device: chip)
     with chosen, recorded_launches() as launches:
         shipped_configurations()[name]()
-    return [
+    rows = [
         {"configuration": name, **compile_launch(*launch, architecture, aligned)}
         for launch in launches
     ]
+    # What is launched again and again is told once.
+    return [row for place, row in enumerate(rows) if row not in rows[:place]]
 
 
 def compile_launch(

@@ -54,6 +54,7 @@ class Guard:
         self._replace(builder, "set_grid_idx", self._set_grid_index)
         self._replace(builder, "create_fp_trunc", self._round)
         self._replace(interpreter.ReduceOps, "generic_reduce", self._reduce)
+        self._replace(interpreter.ScanOps, "generic_scan", self._scan)
         self._replace(interpreter.GridExecutor, "__call__", self._launch)
         self._replace(interpreter.InterpretedFunction, "__call__", self._call)
         return self
@@ -133,6 +134,22 @@ class Guard:
         data = parts[0].handle.data
         data = np.bitwise_xor.reduce(data, axis=this.axis, keepdims=bool(this.keep_dims))
         return [this.to_tensor(data, parts[0].dtype)]
+
+    @staticmethod
+    def _scan(_: Any, this: Any, parts: Any) -> Any:
+        # All rows at once, where the interpreter would go element by element.
+        data = [np.moveaxis(part.handle.data, this.axis, 0) for part in parts]
+        results = [np.array(each) for each in data]
+        for i in range(1, data[0].shape[0]):
+            sides = [*(each[i - 1] for each in results), *(each[i] for each in data)]
+            pairs = zip(sides, [*parts, *parts], strict=True)
+            joined = this.combine_fn.fn(*(this.to_tensor(side, p.dtype) for side, p in pairs))
+            for result, value in zip(results, joined, strict=True):
+                result[i] = value.handle.data
+        backward = [np.ascontiguousarray(np.moveaxis(each, 0, this.axis)) for each in results]
+        return [
+            this.to_tensor(each, part.dtype) for each, part in zip(backward, parts, strict=True)
+        ]
 
     @staticmethod
     def _round(original: Any, builder: Any, source: Any, target: Any) -> Any:

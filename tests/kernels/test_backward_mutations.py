@@ -35,14 +35,15 @@ def check_slot_out_of_range(mutant):
 
 def check_lookup(mutant):
     module = sys.modules[f"{mutant.__name__}.product_key_topk_backward"]
-    query, subkeys = torch.randn(70, 1, 18), torch.randn(1, 2, 12, 9)
-    slots = torch.rand(70, 1, 144).topk(10).indices.int()
-    inputs = torch.randn(70, 1, 10), query, subkeys, slots
+    query, subkeys = torch.randn(140, 1, 18), torch.randn(1, 2, 40, 9)
+    slots = torch.rand(140, 1, 1600).topk(40).indices.int()
+    inputs = torch.randn(140, 1, 40), query, subkeys, slots
     expected = reference.product_key_topk_backward(*inputs)
-    # So few programs that each makes several tiles, and so many that there are several sums.
-    for programs in (2, 6):
+    # One sum of a sub-key and several, of all tokens at a time and of some.
+    for programs, list_bytes in ((2, 1), (6, 1 << 20)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "PROGRAMS", programs)
+            patch.setattr(module, "LIST_BYTES", list_bytes)
             actual = mutant.product_key_topk_backward(*inputs)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
@@ -103,15 +104,35 @@ MUTATIONS = {
         check_slot_out_of_range,
     ),
     "repeats not merged": (
-        "product_key_topk_backward.py", "== subkey, grad, 0.0), 2)",
-        "== subkey, grad / 2, 0.0), 2)", check_lookup,
+        "sparse_tiles.py", "tl.where(last == last_right, total, 0.0)",
+        "tl.where(last == last_right, total / 2, 0.0)", check_lookup,
     ),
-    "tile not cleared": (
-        "product_key_topk_backward.py", "BLOCK_K, True, False,", "BLOCK_K, False, False,",
+    "words not cleared": (
+        "sparse_tiles.py", "(row < rows) & (word < WORDS)", "(row < rows) & (word < 0)",
         check_lookup,
     ),
+    "values counted from the word's first": (
+        "sparse_tiles.py", "((word >> 16) + popcount", "(popcount", check_lookup,
+    ),
+    "word counted by its last sub-key": (
+        "sparse_tiles.py", "(count - popcount(bits)) << 16", "(count - 1) << 16", check_lookup,
+    ),
+    "bits of the next word": (
+        "sparse_tiles.py", "tl.where(last >> 4 == last_right >> 4, bits, 0)",
+        "tl.where(last >> 5 == last_right >> 5, bits, 0)", check_lookup,
+    ),
+    "reads of the next query": (
+        "sparse_tiles.py", "(own < K - group * 32)", "(own < K)", check_lookup,
+    ),
+    "columns in another order": (
+        "product_key_topk_backward.py", "n = first + tile_columns(BLOCK_N)[:, None]",
+        "n = first + tl.arange(0, BLOCK_N)[:, None]", check_lookup,
+    ),
     "halves exchanged": (
-        "product_key_topk_backward.py", "tl.where(half == 0,", "tl.where(half == 1,", check_lookup,
+        "sparse_tiles.py", "tl.where(half == 0,", "tl.where(half == 1,", check_lookup,
+    ),
+    "tokens before forgotten": (
+        "product_key_topk_backward.py", "ADD=first > 0", "ADD=False", check_lookup,
     ),
     "last stretch of tokens lost": (
         "product_key_topk_backward.py", "for part in tl.range(num_parts)",

@@ -59,3 +59,26 @@ def test_small_kernels(tmp_path, name, architecture):
 @pytest.mark.parametrize("name", [name for name in LIMITS if name.startswith("product many")])
 def test_lookup(tmp_path, name):
     check(compile_rows(tmp_path, "sm_90", name), LIMITS[name])
+
+
+def check_products(rows):
+    """Though their sums fill registers, a quarter of the most warps run."""
+    products = [row for row in rows if row["kernel"].startswith("grad_")]
+    assert len(products) >= 2
+    assert all(row["occupancy"] >= 25 for row in products)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+def test_lookup_backward(tmp_path, architecture):
+    rows = compile_rows(tmp_path, architecture, "product backward many 512")
+    check(rows, LIMITS["product backward many 512"])
+    if architecture.startswith("sm_"):
+        check_products(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", ["4096", "float16", "float32"])
+def test_lookup_backward_of_other_shapes(tmp_path, name, architecture):
+    name = f"product backward many {name}"
+    check(compile_rows(tmp_path, architecture, name), LIMITS[name])

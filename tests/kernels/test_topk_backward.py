@@ -6,6 +6,7 @@ import pytest
 import torch
 from tolerance import assert_close_to_oracle
 
+launch = importlib.import_module("pkm_triton.kernels.launch")
 product = importlib.import_module("pkm_triton.kernels.product_key_topk_backward")
 flat = importlib.import_module("pkm_triton.kernels.flat_key_topk_backward")
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
@@ -16,6 +17,7 @@ CASES = [
     (33, 2, 20, 17, 9, FLOAT32, FLOAT32),
     (70, 1, 37, 70, 33, FLOAT32, FLOAT32),
     (5, 1, 16, 8, 100, FLOAT32, BFLOAT16),
+    (3, 1, 20, 8, 140, FLOAT16, BFLOAT16),
     (30, 2, 20, 30, 9, BFLOAT16, BFLOAT16),
     (30, 1, 40, 30, 9, FLOAT16, FLOAT16),
     (30, 1, 20, 16, 9, BFLOAT16, FLOAT32),
@@ -77,6 +79,14 @@ def test_product_of_few_programs(programs, device, guard, monkeypatch):
     check(product.product_key_topk_backward(*inputs), inputs)
 
 
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_100", "gfx942"])
+def test_product_in_the_shapes_of_other_chips(architecture, device, guard, monkeypatch):
+    on = launch.Chip(architecture, 16, 64 << 10)
+    monkeypatch.setattr(launch, "chip", lambda device: on)
+    inputs = make((90, 1, 40, 9, 12, FLOAT32, FLOAT32), device)
+    check(product.product_key_topk_backward(*inputs), inputs)
+
+
 def test_same_bits_in_any_order_of_programs(device, guarded):
     inputs = make((70, 1, 9, 8, 5, FLOAT32, FLOAT32), device)
     first = product.product_key_topk_backward(*inputs)
@@ -86,14 +96,37 @@ def test_same_bits_in_any_order_of_programs(device, guarded):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_tiles_do_not_grow_with_the_tokens(device, guarded, monkeypatch):
-    made = []
-    new_zeros = torch.Tensor.new_zeros
-    monkeypatch.setattr(product, "PROGRAMS", 2)
-    monkeypatch.setattr(
-        torch.Tensor, "new_zeros", lambda *a, **k: made.append(new_zeros(*a, **k)) or made[-1]
-    )
-    for num_tokens in (70, 140):
-        product.product_key_topk_backward(*make((num_tokens, 1, 9, 8, 5, FLOAT32, FLOAT32), device))
-    sizes = [tensor.numel() for tensor in made]
-    assert sizes[:2] == sizes[2:]
+def test_no_token(device, guard):
+    inputs = make((0, 2, 9, 8, 5, FLOAT32, BFLOAT16), device)
+    grad_query, grad_subkeys = product.product_key_topk_backward(*inputs)
+    assert grad_query.shape == inputs[1].shape
+    assert grad_subkeys.dtype == BFLOAT16
+    assert not grad_subkeys.any()
+
+
+def test_slot_out_of_range_reads_nothing(device, guard):
+    grad_scores, query, subkeys, slots = make((20, 1, 9, 8, 5, FLOAT32, FLOAT32), device)
+    slots[::2, :, 1], slots[1::2, :, 3] = -1, 81
+    good = (slots >= 0) & (slots < 81)
+    actual = product.product_key_topk_backward(grad_scores, query, subkeys, slots)
+    check(actual, (grad_scores * good, query, subkeys, slots * good))
+
+
+def test_lists_do_not_grow_with_the_tokens(device, guard, monkeypatch):
+    made = set()
+    new_empty = torch.Tensor.new_empty
+
+    def recorded(like, *size, **options):
+        made.add(size)
+        return new_empty(like, *size, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", recorded)
+    monkeypatch.setattr(product, "LIST_BYTES", 1)
+    sizes = []
+    for num_tokens in (130, 300):
+        made.clear()
+        inputs = make((num_tokens, 1, 40, 8, 5, FLOAT32, BFLOAT16), device)
+        check(product.product_key_topk_backward(*inputs), inputs)
+        sizes.append(made - {(inputs[1].shape,)})
+    assert len(sizes[0]) > 3
+    assert sizes[0] == sizes[1]
