@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .launch import choose_lists, choose_splits, list_programs
 from .lists import bits_of, store_best
+from .lookup_bytes import list_bytes_at_most, select_bytes, split_bytes
 from .selection import select
 from .split_topk import NOTHING, pair_index, pair_score, split_topk
 
@@ -114,6 +115,23 @@ def flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
         D=query_dim, **many.constants(), **many.options(),
     )  # fmt: skip
     return scores, slots
+
+
+def flat_key_topk_bytes(query: Tensor, keys: Tensor, top_k: int) -> dict[str, int]:
+    """What `flat_key_topk` reads and writes of each tensor; of `lists` at most."""
+    num_tokens, heads, query_dim = query.shape
+    num_keys = keys.shape[1]
+    sizes = (query.element_size(), keys.element_size())
+    result = 4 * num_tokens * heads * top_k
+    few = choose_splits(query, keys, top_k)
+    if few is not None:
+        moved = split_bytes(few, num_tokens, heads, num_keys, query_dim, sizes)
+        return moved | {"scores": result, "slots": result}
+    many = choose_lists(query, keys, top_k)
+    moved = select_bytes(many, num_tokens, heads, num_keys, query_dim, sizes)
+    a_row = list_bytes_at_most(many, num_keys, top_k) + 8 * (top_k + 1)
+    rows = triton.cdiv(num_tokens, many.rows) * many.rows * heads
+    return moved | {"scores": result, "slots": result, "lists": rows * a_row}
 
 
 def shipped_configurations() -> dict[str, Callable[[], object]]:

@@ -246,7 +246,9 @@ def select(
     bound = tl.where(thread_rows(ROWS) < num_rows, float("-inf"), float("inf"))
     d = tl.arange(0, BLOCK_D)[None, :]
     query_mask = tl.arange(0, ROWS)[:, None] < num_rows
-    query = tl.load(query_ptr, mask=query_mask & (d < KEY_DIM), other=0.0)
+    # What does not fit is read tile by tile instead.
+    query_inside = query_mask & (d < KEY_DIM) & (KEY_DIM <= BLOCK_D)
+    query = tl.load(query_ptr, mask=query_inside, other=0.0)
     if UPCAST:
         query = query.to(tl.float32)
     if PARTS > 0:
