@@ -29,7 +29,7 @@ def flat_key_topk_kernel(
     BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr,
     STAGES: tl.constexpr, LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr, PARTS: tl.constexpr,
     SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr, GROWTH: tl.constexpr,
-    EVEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS tokens of one head at a time, and its lists."""
     list_ptr += tl.program_id(0).to(tl.int64) * ((2**LOG_LIST + 1) * ROWS)
@@ -51,7 +51,7 @@ def flat_key_topk_kernel(
             query_ptr + ((first * D + row.to(tl.int64) * (H * D)) + d), num_rows, keys_ptr,
             tl.cast(head, tl.int64) * num_keys * D, list_ptr, 0, num_keys, TOP_K, D, ROWS, TILE,
             BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_TOP, PARTS, SAMPLE, ROUNDS, FIRST_CUT, GROWTH,
-            EVEN, UPCAST, PRECISION,
+            FIT, UPCAST, PRECISION,
         )  # fmt: skip
         store_best(
             list_ptr, scores_ptr, slots_ptr, first * TOP_K, num_rows, H * TOP_K, TOP_K, ROWS,

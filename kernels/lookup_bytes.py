@@ -40,12 +40,14 @@ def select_bytes(
     # Looked at first, for a bound, and then all.
     looked_at = min(num_keys, shape.sample) if shape.parts else 0
     tiles = triton.cdiv(looked_at, shape.tile) + triton.cdiv(num_keys, shape.tile)
+    # The last tile is whole, unless there are fewer keys.
+    scored = tiles * shape.tile if shape.fit else looked_at + num_keys
     blocks = triton.cdiv(num_tokens, shape.rows)
     return {
         # Kept if it fits, else read again for every tile.
         "query": (tiles if key_dim > shape.block_d else 1)
         * num_tokens * heads * key_dim * sizes[0],
-        "keys": blocks * heads * (looked_at + num_keys) * key_dim * sizes[1],
+        "keys": blocks * heads * scored * key_dim * sizes[1],
     }  # fmt: skip
 
 

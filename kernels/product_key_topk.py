@@ -31,7 +31,7 @@ def product_key_topk_kernel(
     TILE: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, LOG_LIST: tl.constexpr,
     LOG_PAIRS: tl.constexpr, LOG_HALF_TOP: tl.constexpr, LOG_TOP: tl.constexpr,
     PARTS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr,
-    GROWTH: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    GROWTH: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS tokens of one head at a time, and its lists."""
     # Slots: of a half's list, or of both halves' best and of a list of their sums.
@@ -60,7 +60,7 @@ def product_key_topk_kernel(
             select(
                 rows_ptr, num_rows, subkeys_ptr, book, list_ptr, 0, num_subkeys, HALF_K, D,
                 ROWS, TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_HALF_TOP, PARTS, SAMPLE, ROUNDS,
-                FIRST_CUT, GROWTH, EVEN, UPCAST, PRECISION,
+                FIRST_CUT, GROWTH, FIT, UPCAST, PRECISION,
             )  # fmt: skip
             if half == 0:
                 # Where the result will be written, so that it takes no memory of its own.
