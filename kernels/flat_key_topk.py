@@ -108,7 +108,7 @@ def flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
         )  # fmt: skip
         return scores, slots
     many = choose_lists(query, keys, top_k)
-    programs = list_programs(query, many.rows)
+    programs = list_programs(query, many)
     lists = query.new_empty(programs, 2**many.log_list + 1, many.rows, dtype=torch.int64)
     flat_key_topk_kernel[(programs,)](
         query, keys, scores, slots, lists, num_tokens, num_keys, TOP_K=top_k, H=heads,

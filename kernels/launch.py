@@ -258,11 +258,13 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
     )
 
 
-def list_programs(query: Tensor, rows: int) -> int:
+def list_programs(query: Tensor, shape: Lists) -> int:
     """Programs for the blocks of query [T, H, ...]: as many as run at once, all equally busy.
 
     Each has its lists in memory, so more would take more of it.
     """
-    blocks = triton.cdiv(query.shape[0], rows) * query.shape[1]
-    at_once = chip(query.device).multiprocessors * (256 // rows)
+    blocks = triton.cdiv(query.shape[0], shape.rows) * query.shape[1]
+    # By the registers of a multiprocessor; where they are not stated, a guess.
+    registers = 8 * triton.cdiv(shape.registers or 128, 8)
+    at_once = chip(query.device).multiprocessors * (65536 // (registers * 32 * shape.warps))
     return triton.cdiv(blocks, triton.cdiv(blocks, at_once))

@@ -156,7 +156,7 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
         )  # fmt: skip
         return scores, slots
     many = choose_lists(query, books, per_half)
-    programs = list_programs(query, many.rows)
+    programs = list_programs(query, many)
     num_slots = max(2**many.log_list, 2 * 2**many.log_top + 2**log_pairs) + 1
     size = num_slots * many.rows + 2 ** (log_pairs - 1)
     lists = query.new_empty(programs, size, dtype=torch.int64)
@@ -205,7 +205,7 @@ def product_key_topk_bytes(query: Tensor, subkeys: Tensor, top_k: int) -> dict[s
     return moved | {
         "scores": waiting + result,
         "slots": waiting + result,
-        "lists": rows * a_row + 4 * pairs * list_programs(query, many.rows),
+        "lists": rows * a_row + 4 * pairs * list_programs(query, many),
     }
 
 
