@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .launch import choose_lists, choose_splits, list_programs
 from .lists import bits_of, store_best
+from .lookup_bytes import list_bytes_at_most, select_bytes, split_bytes
 from .selection import select
 from .split_topk import NOTHING, pair_index, pair_score, split_topk
 
@@ -28,7 +29,7 @@ def flat_key_topk_kernel(
     BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr,
     STAGES: tl.constexpr, LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr, PARTS: tl.constexpr,
     SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr, GROWTH: tl.constexpr,
-    EVEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS tokens of one head at a time, and its lists."""
     list_ptr += tl.program_id(0).to(tl.int64) * ((2**LOG_LIST + 1) * ROWS)
@@ -50,7 +51,7 @@ def flat_key_topk_kernel(
             query_ptr + ((first * D + row.to(tl.int64) * (H * D)) + d), num_rows, keys_ptr,
             tl.cast(head, tl.int64) * num_keys * D, list_ptr, 0, num_keys, TOP_K, D, ROWS, TILE,
             BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_TOP, PARTS, SAMPLE, ROUNDS, FIRST_CUT, GROWTH,
-            EVEN, UPCAST, PRECISION,
+            FIT, UPCAST, PRECISION,
         )  # fmt: skip
         store_best(
             list_ptr, scores_ptr, slots_ptr, first * TOP_K, num_rows, H * TOP_K, TOP_K, ROWS,
@@ -107,13 +108,30 @@ def flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
         )  # fmt: skip
         return scores, slots
     many = choose_lists(query, keys, top_k)
-    programs = list_programs(query, many.rows)
+    programs = list_programs(query, many)
     lists = query.new_empty(programs, 2**many.log_list + 1, many.rows, dtype=torch.int64)
     flat_key_topk_kernel[(programs,)](
         query, keys, scores, slots, lists, num_tokens, num_keys, TOP_K=top_k, H=heads,
         D=query_dim, **many.constants(), **many.options(),
     )  # fmt: skip
     return scores, slots
+
+
+def flat_key_topk_bytes(query: Tensor, keys: Tensor, top_k: int) -> dict[str, int]:
+    """What `flat_key_topk` reads and writes of each tensor; of `lists` at most."""
+    num_tokens, heads, query_dim = query.shape
+    num_keys = keys.shape[1]
+    sizes = (query.element_size(), keys.element_size())
+    result = 4 * num_tokens * heads * top_k
+    few = choose_splits(query, keys, top_k)
+    if few is not None:
+        moved = split_bytes(few, num_tokens, heads, num_keys, query_dim, sizes)
+        return moved | {"scores": result, "slots": result}
+    many = choose_lists(query, keys, top_k)
+    moved = select_bytes(many, num_tokens, heads, num_keys, query_dim, sizes)
+    a_row = list_bytes_at_most(many, num_keys, top_k) + 8 * (top_k + 1)
+    rows = triton.cdiv(num_tokens, many.rows) * many.rows * heads
+    return moved | {"scores": result, "slots": result, "lists": rows * a_row}
 
 
 def shipped_configurations() -> dict[str, Callable[[], object]]:

@@ -111,6 +111,10 @@ def choose_splits(query: Tensor, keys: Tensor, top_k: int) -> Splits | None:
         return None
     upcast = scores_in_float32(query, keys)
     tile = max(64, top)
+    # The shapes that spill nothing and leave room for 16 warps on a multiprocessor.
+    block_d = 16 if upcast else 64
+    if top == MAX_SORTED and not upcast:
+        block_d = 16 if on.architecture == "sm_80" else 128
     blocks = triton.cdiv(num_tokens, 16) * heads
     splits = min(4 * at_once // blocks, triton.cdiv(num_keys, tile), MAX_MERGED // top)
     splits = max(1, splits)
@@ -118,11 +122,11 @@ def choose_splits(query: Tensor, keys: Tensor, top_k: int) -> Splits | None:
     return Splits(
         rows=16,
         tile=tile,
-        block_d=block_of_dim(dim, 64 if upcast else 128),
+        block_d=block_of_dim(dim, block_d),
         top=top,
         splits=splits,
-        warps=4 if tile < 128 else 8,
-        stages=min(2, load_stages(query.device)),
+        warps=4 if top < 64 else 8 if top == 64 else 16,
+        stages=min(2 if top <= 64 else 1, load_stages(query.device)),
         merged=merged,
         merge_warps=max(1, min(8, merged // 128)),
         upcast=upcast,
@@ -138,8 +142,9 @@ class Lists:
     warps, stages, registers: of a program, of its loads, and of a thread. log_list, log_top: of
     the lengths of a list and of its sorted part. sample, parts: keys looked at first for a bound,
     and the parts they are taken from. first_cut, growth: keys after which the lists are cut back
-    to the best first, and twice the factor from one cut to the next. even: whether tiles fill the
-    keys. upcast: whether to score in float32. precision: of float32 products.
+    to the best first, and twice the factor from one cut to the next. fit: how tiles fit the keys
+    (see `selection.tile_from`). upcast: whether to score in float32. precision: of float32
+    products.
     """
 
     rows: int
@@ -154,7 +159,7 @@ class Lists:
     sample: int
     first_cut: int
     growth: int
-    even: bool
+    fit: int
     upcast: bool
     precision: str
 
@@ -173,7 +178,7 @@ class Lists:
             "ROUNDS": ROUNDS,
             "FIRST_CUT": self.first_cut,
             "GROWTH": self.growth,
-            "EVEN": self.even,
+            "FIT": self.fit,
             "UPCAST": self.upcast,
             "PRECISION": self.precision,
         }
@@ -189,8 +194,8 @@ class Lists:
 def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
     """The shape for many queries [T, H, ...] and keys [..., K, D].
 
-    Tall tiles read the keys seldom: 256 rows where they leave no multiprocessor idle and nothing
-    spills, else half of that.
+    Tall tiles read the keys seldom: 256 rows where they leave no multiprocessor idle, nothing
+    spills and the queries fit into shared memory whole, else half of that.
     """
     num_tokens, heads, _ = query.shape
     num_keys, dim = keys.shape[-2:]
@@ -201,6 +206,10 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
     size = 4 if upcast else query.element_size()
     on = chip(query.device)
     tile, stages, registers = 64, 1, 255
+
+    def whole(rows: int, stages: int) -> bool:
+        return (rows + stages * tile) * block_of_dim(dim, 1 << 16) * size <= on.shared
+
     if not on.architecture.startswith("sm_"):
         rows, registers = 64, 0
     elif on.architecture == "sm_90" and size == 2 and log_top < 7:
@@ -208,11 +217,22 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
         rows, registers = 128, 128
         if triton.cdiv(num_tokens, 256) * heads >= on.multiprocessors:
             rows, stages = 256, 2
+        if not whole(256, 2) and whole(128, 1):
+            # One program takes most of shared memory, so it may have the registers.
+            rows, stages, registers = 128, 1, 255
     else:
-        rows = 128
-    block_d = block_of_dim(dim, 64 if size == 4 else 256)
-    while block_d > 16 and (rows + stages * tile) * block_d * size > on.shared:
-        block_d //= 2
+        # On sm_80 two programs of 64 rows spill nothing, and are no slower than one of 128.
+        small = on.architecture == "sm_80" and size == 2 and log_top < 6 and dim <= 256
+        rows = 64 if small else 128
+    if size == 4:
+        block_d = block_of_dim(dim, 64)
+    elif whole(rows, stages):
+        block_d = block_of_dim(dim, 1 << 16)
+    else:
+        # Read again for each tile, a part at a time.
+        block_d = block_of_dim(dim, 256)
+        while block_d > 16 and (rows + stages * tile) * block_d * size > on.shared:
+            block_d //= 2
     # Few of a small codebook are worth a bound, but not after many of them.
     sample = 512 if num_keys <= 512 else 1024
     if log_top < 6:
@@ -232,19 +252,21 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
         sample=sample,
         first_cut=cut,
         growth=growth,
-        even=num_keys % tile == 0,
+        fit=2 if num_keys % tile == 0 else int(num_keys >= tile),
         upcast=upcast,
         precision=float32_precision(query.device),
     )
 
 
-def list_programs(query: Tensor, rows: int) -> int:
+def list_programs(query: Tensor, shape: Lists) -> int:
     """Programs for the blocks of query [T, H, ...]: as many as run at once, all equally busy.
 
     Each has its lists in memory, so more would take more of it.
     """
-    blocks = triton.cdiv(query.shape[0], rows) * query.shape[1]
-    at_once = chip(query.device).multiprocessors * (256 // rows)
+    blocks = triton.cdiv(query.shape[0], shape.rows) * query.shape[1]
+    # By the registers of a multiprocessor; where they are not stated, a guess.
+    registers = 8 * triton.cdiv(shape.registers or 128, 8)
+    at_once = chip(query.device).multiprocessors * (65536 // (registers * 32 * shape.warps))
     return triton.cdiv(blocks, triton.cdiv(blocks, at_once))
 
 

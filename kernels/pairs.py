@@ -164,7 +164,7 @@ def combine_by_lists(
     count = tl.zeros([2, 2 * ROWS], tl.int32)
     for start in tl.range(0, num_pairs, TILE, num_stages=1):
         total = sum_tile(first_ptr, second_ptr, pairs_ptr, spoilt, start, ROWS, TILE)
-        count = append(total, start, num_pairs, bound, count, list_ptr, ROWS, TILE, True)
+        count = append(total, start, num_pairs, bound, count, list_ptr, ROWS, TILE, 2)
     store_head(list_ptr, bound, count, row, ROWS, LOG_PAIRS)
     tl.debug_barrier()
     sort_lists(list_ptr, tl.max(count), TOP_K, ROWS, WARPS, LOG_PAIRS, LOG_TOP)

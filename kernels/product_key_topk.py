@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .launch import MAX_PAIRS, choose_lists, choose_splits, list_programs, log2_ceil
 from .lists import bits_of, load_best, ordered_pair, store_best
+from .lookup_bytes import list_bytes_at_most, select_bytes, sort_bytes_at_most, split_bytes
 from .pairs import combine, rank_pairs, store_rank_pairs
 from .selection import select
 from .split_topk import NOTHING, pair_index, pair_score, split_topk
@@ -30,7 +31,7 @@ def product_key_topk_kernel(
     TILE: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, LOG_LIST: tl.constexpr,
     LOG_PAIRS: tl.constexpr, LOG_HALF_TOP: tl.constexpr, LOG_TOP: tl.constexpr,
     PARTS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr,
-    GROWTH: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    GROWTH: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS tokens of one head at a time, and its lists."""
     # Slots: of a half's list, or of both halves' best and of a list of their sums.
@@ -59,7 +60,7 @@ def product_key_topk_kernel(
             select(
                 rows_ptr, num_rows, subkeys_ptr, book, list_ptr, 0, num_subkeys, HALF_K, D,
                 ROWS, TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_HALF_TOP, PARTS, SAMPLE, ROUNDS,
-                FIRST_CUT, GROWTH, EVEN, UPCAST, PRECISION,
+                FIRST_CUT, GROWTH, FIT, UPCAST, PRECISION,
             )  # fmt: skip
             if half == 0:
                 # Where the result will be written, so that it takes no memory of its own.
@@ -155,7 +156,7 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
         )  # fmt: skip
         return scores, slots
     many = choose_lists(query, books, per_half)
-    programs = list_programs(query, many.rows)
+    programs = list_programs(query, many)
     num_slots = max(2**many.log_list, 2 * 2**many.log_top + 2**log_pairs) + 1
     size = num_slots * many.rows + 2 ** (log_pairs - 1)
     lists = query.new_empty(programs, size, dtype=torch.int64)
@@ -167,6 +168,45 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
         HALF_K=per_half, H=heads, D=half_dim, LOG_PAIRS=log_pairs, **constants, **many.options(),
     )  # fmt: skip
     return scores, slots
+
+
+def product_key_topk_bytes(query: Tensor, subkeys: Tensor, top_k: int) -> dict[str, int]:
+    """What `product_key_topk` reads and writes of each tensor (see `lookup_bytes`).
+
+    Of `lists`, of many tokens, it is a bound. Of `scores` and `slots` it is as much as scores take
+    that narrow keys order exactly; others are written once more.
+    """
+    num_tokens, heads, _ = query.shape
+    num_subkeys, half_dim = subkeys.shape[2:]
+    per_half = min(top_k, num_subkeys)
+    halves = query.view(num_tokens, 2 * heads, half_dim)
+    books = subkeys.view(2 * heads, num_subkeys, half_dim)
+    sizes = (query.element_size(), subkeys.element_size())
+    result = 4 * num_tokens * heads * top_k
+    few = choose_splits(halves, books, per_half)
+    if few is not None:
+        moved = split_bytes(few, num_tokens, 2 * heads, num_subkeys, half_dim, sizes)
+        return moved | {"scores": result, "slots": result}
+    many = choose_lists(query, books, per_half)
+    moved = select_bytes(many, num_tokens, 2 * heads, num_subkeys, half_dim, sizes)
+    # The first half's best wait there.
+    waiting = 2 * 4 * num_tokens * heads * per_half
+    num_pairs = sum(min(top_k // a, per_half) for a in range(1, per_half + 1))
+    log_top = max(4, log2_ceil(top_k))
+    pairs = 2 ** max(6, log_top, log2_ceil(num_pairs))
+    # The halves' best, once in order; then bounds, the pairs of ranks, their scores and sums, by
+    # narrow keys and once more by lists; and the best sums.
+    a_row = (
+        2 * list_bytes_at_most(many, num_subkeys, per_half) + 32 * 2**many.log_top
+        + 80 * (many.log_top + 2) + 36 * pairs + sort_bytes_at_most(pairs, log_top)
+        + 56 * 2**log_top
+    )  # fmt: skip
+    rows = triton.cdiv(num_tokens, many.rows) * many.rows * heads
+    return moved | {
+        "scores": waiting + result,
+        "slots": waiting + result,
+        "lists": rows * a_row + 4 * pairs * list_programs(query, many),
+    }
 
 
 def shipped_configurations() -> dict[str, Callable[[], object]]:

@@ -108,6 +108,28 @@ def count_bound(packed, LEAST: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.cons
 
 
 @triton.jit
+def tile_from(start, end, TILE: tl.constexpr, FIT: tl.constexpr):
+    """Where the tile of the keys from start on begins: the last one ends with the last key.
+
+    So no load needs a mask, but for keys fewer than a tile. FIT is 0 for those, 1 for more of
+    them, and 2 for as many as fill tiles.
+    """
+    if FIT == 1:
+        return tl.minimum(start, end - TILE)
+    else:
+        return start
+
+
+@triton.jit
+def in_tile(start, end, ROWS: tl.constexpr, TILE: tl.constexpr, FIT: tl.constexpr):
+    """Which places of the tile are of the keys start .. end, [TILE / 4, 2 * ROWS]."""
+    if FIT == 1:
+        return thread_columns(ROWS, TILE) >= start - tile_from(start, end, TILE, FIT)
+    else:
+        return thread_columns(ROWS, TILE) < end - start
+
+
+@triton.jit
 def append_rows(scores, index, keep, count, row, list_ptr, ROWS: tl.constexpr):
     """Append scores [C, 2 * ROWS], one row a thread, where keep; count, row [2 * ROWS]."""
     # In units of a slot's size, to spare a multiplication for each score.
@@ -124,23 +146,23 @@ def append_rows(scores, index, keep, count, row, list_ptr, ROWS: tl.constexpr):
 @triton.jit
 def append(
     scores, start, end, bound, count, list_ptr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    EVEN: tl.constexpr,
+    FIT: tl.constexpr,
 ):  # fmt: skip
     """Append the scores that reach their rows' bounds to the rows' lists; the new lengths.
 
-    scores [2, TILE / 4, 2 * ROWS], of keys start .. end; bound, count [2, 2 * ROWS].
+    scores [2, TILE / 4, 2 * ROWS], of the tile of keys start .. end; bound, count [2, 2 * ROWS].
     """
     scores_0, scores_1 = tl.split(tl.permute(scores, (1, 2, 0)))
     bound_0, bound_1 = tl.split(tl.permute(bound, (1, 0)))
     count_0, count_1 = tl.split(tl.permute(count, (1, 0)))
     row_0, row_1 = tl.split(tl.permute(thread_rows(ROWS), (1, 0)))
-    index = start + thread_columns(ROWS, TILE)
+    index = tile_from(start, end, TILE, FIT) + thread_columns(ROWS, TILE)
     # NaN is appended, too.
     keep_0 = ~(scores_0 < bound_0[None, :])
     keep_1 = ~(scores_1 < bound_1[None, :])
-    if not EVEN:
-        keep_0 &= index < end
-        keep_1 &= index < end
+    if FIT < 2:
+        keep_0 &= in_tile(start, end, ROWS, TILE, FIT)
+        keep_1 &= in_tile(start, end, ROWS, TILE, FIT)
     count_0 = append_rows(scores_0, index, keep_0, count_0, row_0, list_ptr, ROWS)
     count_1 = append_rows(scores_1, index, keep_1, count_1, row_1, list_ptr, ROWS)
     return tl.permute(tl.join(count_0, count_1), (1, 0))
@@ -149,15 +171,16 @@ def append(
 @triton.jit
 def score_tile(
     query, query_ptr, query_mask, keys_ptr, keys_first, start, end, KEY_DIM: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, FIT: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of keys start .. start + TILE, -inf from end on, in thread form."""
+    """Scores of the tile of keys start .. end (see `tile_from`), in thread form."""
+    start = tile_from(start, end, TILE, FIT)
     # 64 bits for where the tile starts; inside it, 32 are enough and cost half the registers.
     keys_start = keys_first + tl.cast(start, tl.int64) * KEY_DIM
     column = tl.arange(0, TILE)[None, :]
     d = tl.arange(0, BLOCK_D)
-    inside = (column < end - start) | EVEN
+    inside = (column < end - start) | (FIT > 0)
     if KEY_DIM <= BLOCK_D:
         mask = inside & (d[:, None] < KEY_DIM)
         keys = tl.load(
@@ -180,27 +203,26 @@ def score_tile(
                 keys = keys.to(tl.float32)
                 part = part.to(tl.float32)
             scores = tl.dot(part, keys, scores, input_precision=PRECISION)
-    scores = thread_form(scores, ROWS, TILE)
-    if EVEN:
-        return scores
-    else:
-        index = start + thread_columns(ROWS, TILE)[None, :, :]
-        return tl.where(index < end, scores, float("-inf"))
+    return thread_form(scores, ROWS, TILE)
 
 
 @triton.jit
 def tile_maxima(
     query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, KEY_DIM: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
-    STAGES: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The maxima, packed, of TILE groups of keys: those of a tile every STEP keys."""
     best = tl.full([2, TILE // 4, 2 * ROWS], float("-inf"), tl.float32)
     for start in tl.range(first_key, end, STEP, num_stages=STAGES, disable_licm=True):
         scores = score_tile(
             query, query_ptr, query_mask, keys_ptr, keys_first, start, end, KEY_DIM, ROWS, TILE,
-            BLOCK_D, EVEN, UPCAST, PRECISION,
+            BLOCK_D, FIT, UPCAST, PRECISION,
         )  # fmt: skip
+        if FIT < 2:  # noqa: SIM102 (known to the compiler, unlike the next)
+            if start + TILE > end:
+                inside = in_tile(start, end, ROWS, TILE, FIT)[None, :, :]
+                scores = tl.where(inside, scores, float("-inf"))
         best = tl.maximum(best, scores)
     return pack_maxima(best)
 
@@ -210,7 +232,7 @@ def first_look(
     query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, TOP_K: tl.constexpr,
     KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr, PARTS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr,
-    EVEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A score that at least TOP_K of the first SAMPLE keys reach, in each row; [2, 2 * ROWS].
 
@@ -222,7 +244,7 @@ def first_look(
     for part in tl.static_range(PARTS):
         packed = tile_maxima(
             query, query_ptr, query_mask, keys_ptr, keys_first, first_key + part * TILE, end,
-            KEY_DIM, ROWS, TILE, BLOCK_D, PARTS * TILE, STAGES, EVEN, UPCAST, PRECISION,
+            KEY_DIM, ROWS, TILE, BLOCK_D, PARTS * TILE, STAGES, FIT, UPCAST, PRECISION,
         )  # fmt: skip
         bound = tl.minimum(bound, count_bound(packed, LEAST, ROWS, ROUNDS))
     return bound
@@ -234,7 +256,7 @@ def select(
     KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
     WARPS: tl.constexpr, STAGES: tl.constexpr, LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr,
     PARTS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr,
-    GROWTH: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    GROWTH: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Leave the TOP_K best of keys first_key .. end, in order, at the start of each row's list.
 
@@ -246,7 +268,9 @@ def select(
     bound = tl.where(thread_rows(ROWS) < num_rows, float("-inf"), float("inf"))
     d = tl.arange(0, BLOCK_D)[None, :]
     query_mask = tl.arange(0, ROWS)[:, None] < num_rows
-    query = tl.load(query_ptr, mask=query_mask & (d < KEY_DIM), other=0.0)
+    # What does not fit is read tile by tile instead.
+    query_inside = query_mask & (d < KEY_DIM) & (KEY_DIM <= BLOCK_D)
+    query = tl.load(query_ptr, mask=query_inside, other=0.0)
     if UPCAST:
         query = query.to(tl.float32)
     if PARTS > 0:
@@ -254,7 +278,7 @@ def select(
         # have ruled out.
         look = first_look(
             query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, TOP_K, KEY_DIM,
-            ROWS, TILE, BLOCK_D, STAGES, PARTS, SAMPLE, ROUNDS, EVEN, UPCAST, PRECISION,
+            ROWS, TILE, BLOCK_D, STAGES, PARTS, SAMPLE, ROUNDS, FIT, UPCAST, PRECISION,
         )  # fmt: skip
         bound = tl.maximum(bound, look)
     count = tl.zeros([2, 2 * ROWS], tl.int32)
@@ -269,10 +293,10 @@ def select(
         for tile_start in tl.range(start, stop, TILE, num_stages=STAGES, disable_licm=True):
             scores = score_tile(
                 query, query_ptr, query_mask, keys_ptr, keys_first, tile_start, end, KEY_DIM, ROWS,
-                TILE, BLOCK_D, EVEN, UPCAST, PRECISION,
+                TILE, BLOCK_D, FIT, UPCAST, PRECISION,
             )  # fmt: skip
             count = append(
-                scores, tile_start, end, bound, count, list_ptr, ROWS, TILE, EVEN
+                scores, tile_start, end, bound, count, list_ptr, ROWS, TILE, FIT
             )  # fmt: skip
         start = stop
         longest = tl.max(count)

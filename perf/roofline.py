@@ -26,7 +26,11 @@ def query_bytes(point: Point) -> int:
 
 
 def lookup_bytes(point: Point) -> int:
-    """The search: queries and keys in; scores and slots [T, R] out."""
+    """The search: queries and keys in; scores and slots [T, R] out.
+
+    The kernels' formulas (`product_key_topk_bytes`, `flat_key_topk_bytes`) count as well what is
+    read again, from a cache if one holds it.
+    """
     queries = point.tokens * point.heads * point.query_dim
     if point.keys == "product":
         keys = point.heads * point.num_subkeys * point.query_dim
@@ -79,6 +83,11 @@ def moved_bytes(point: Point, distinct: int) -> int:
         + gather_bytes(point, distinct)
         + step_bytes(point, distinct)
     )
+
+
+def lookup_share(point: Point, lookup_ms: float, device_bandwidth: float) -> float:
+    """Share of the device's memory bandwidth that the lookup's compulsory bytes take."""
+    return lookup_bytes(point) / device_bandwidth / (lookup_ms / 1e3)
 
 
 def bandwidth(device: str) -> float | None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from . import paper
+from . import paper, roofline
 from .plot_style import count_label, slots_label
 from .points import IMPLEMENTATIONS, PASSES
 from .records import Row
@@ -60,6 +60,7 @@ def _lines_of(by_size: Mapping[int, Row], sizes: Sequence[int], keys: str) -> li
     }
     if not any(math.isnan(row.roofline) for row in by_size.values()):
         figures["share of the memory bandwidth"] = lambda row: f"{row.roofline:.0%}"
+        figures["the lookup's share of it"] = _lookup_share
     return [
         [f"{name}, {keys}"]
         + [text(by_size[size]) if size in by_size else MISSING for size in sizes]
@@ -75,6 +76,12 @@ def _published(sizes: Sequence[int]) -> list[list[str]]:
         cells = [count_label(words[size]) if size in words else MISSING for size in sizes]
         lines.append([f"paper, words/s of a whole model on GPUs, {keys} keys", *cells])
     return lines
+
+
+def _lookup_share(row: Row) -> str:
+    # The whole pass's share says what the bandwidth is.
+    bandwidth = row.moved_bytes / row.roofline / (row.median_ms / 1e3)
+    return f"{roofline.lookup_share(row, row.lookup_ms, bandwidth):.0%}"
 
 
 def _parts(row: Row) -> str:

@@ -32,15 +32,18 @@ class Guard:
 
     Attributes:
         bytes: of each kernel by name, the bytes loaded, stored and touched by atomics.
+        argument_bytes: the same of each kernel and tensor among its arguments, by both names.
         programs: of each kernel by name, how many programs ran.
     """
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = seed
         self.bytes: dict[str, int] = defaultdict(int)
+        self.argument_bytes: dict[tuple[str, str], int] = defaultdict(int)
         self.programs: dict[str, int] = defaultdict(int)
         self._kernel = ""
         self._regions = np.empty((0, 2), dtype=np.int64)
+        self._names: list[str] = []
         self._writers: list[tuple[int, np.ndarray]] = []
         self._program = 0
         self._patched: set[int] = set()
@@ -70,8 +73,10 @@ class Guard:
 
     def _launch(self, original: Any, executor: Any, *args: Any, **kwargs: Any) -> Any:
         self._kernel = executor.fn.__name__
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-        storages = [tensor.untyped_storage() for tensor in tensors]
+        named = dict(zip(executor.arg_names, args, strict=False)) | kwargs
+        tensors = {name: a for name, a in named.items() if isinstance(a, torch.Tensor)}
+        self._names = list(tensors)
+        storages = [tensor.untyped_storage() for tensor in tensors.values()]
         self._regions = np.array([(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages])
         self._writers = []
         self._patched = {id(executor.fn.__globals__)}
@@ -107,7 +112,10 @@ class Guard:
     def _check(self, address: np.ndarray, size: int, name: str, writes: bool) -> None:
         self.bytes[self._kernel] += address.size * size
         low, high = self._regions[:, :1], self._regions[:, 1:]
-        outside = ~((address >= low) & (address + size <= high)).any(0)
+        inside = (address >= low) & (address + size <= high)
+        for name_of, count in zip(self._names, inside.sum(1), strict=True):
+            self.argument_bytes[self._kernel, name_of] += int(count) * size
+        outside = ~inside.any(0)
         if outside.any():
             raise OutOfBounds(
                 f"{self._kernel}, program {self._program}: {name} of {outside.sum()} lanes "

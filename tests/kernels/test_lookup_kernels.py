@@ -38,7 +38,7 @@ FLAT_CASES = [
 @pytest.fixture(params=["few", "many"])
 def path(request, monkeypatch):
     """Shapes for few queries and for many, whatever their number: by a chip large or small."""
-    count = 1 << 20 if request.param == "few" else 1
+    count = 1 << 20 if request.param == "few" else 2
     chip = launch.chip
     monkeypatch.setattr(
         launch, "chip", lambda device: dataclasses.replace(chip(device), multiprocessors=count)

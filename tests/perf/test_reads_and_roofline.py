@@ -75,6 +75,11 @@ def test_half_precision_halves_what_is_not_a_score_or_a_slot():
     assert roofline.query_bytes(half) * 2 == roofline.query_bytes(POINT)
 
 
+def test_the_lookups_share_is_its_bytes_over_what_the_device_could_move():
+    moved = roofline.lookup_bytes(POINT)
+    assert roofline.lookup_share(POINT, 2.0, 1e9) == pytest.approx(moved / 2e6)
+
+
 def test_a_cpu_has_no_roofline():
     assert roofline.bandwidth("cpu") is None
 

@@ -2,9 +2,10 @@ import dataclasses
 
 import pytest
 
-from pkm_triton.perf import compare
+from pkm_triton.perf import compare, roofline
 from pkm_triton.perf.plot_step import crossing, reads_per_slot, step_against_reads
 from pkm_triton.perf.plot_style import count_label, slots_label
+from pkm_triton.perf.points import Point
 from pkm_triton.perf.records import Row
 from pkm_triton.perf.report import write_report
 from pkm_triton.perf.slices import by_series, compared, rows_along
@@ -63,8 +64,19 @@ def test_the_size_table_has_the_rows_figures(size_rows):
 
 def test_on_a_gpu_the_table_has_the_share_of_its_bandwidth(size_rows):
     assert "bandwidth" not in size_table(size_rows)
-    rows = [a_row(num_subkeys=size, device="cuda", roofline=0.5) for size in SIZES]
+    # In 10 ms half of what 4 times the lookup's bytes are, in 7 ms the lookup's.
+    rows = [
+        a_row(
+            num_subkeys=size,
+            device="cuda",
+            roofline=0.5,
+            moved_bytes=4.0 * roofline.lookup_bytes(Point(num_subkeys=size)),
+        )
+        for size in SIZES
+    ]
     assert cells(size_table(rows), "share of the memory bandwidth, product")[0] == "50%"
+    lookup_share = cells(size_table(rows), "the lookup's share of it, product")
+    assert lookup_share == [f"{0.5 / 4 * 10 / 7:.0%}"] * len(SIZES)
 
 
 def test_a_sweep_of_other_sizes_has_no_papers_figures():
