@@ -52,12 +52,13 @@ def scatter_adam(
         return
     first, last = int(inside[0]), int(inside[-1]) + 1
     rows, ends = rows[first:last].to(torch.int64), ends[first : last + 1]
-    for start in range(0, rows.shape[0], update.count):
+    bounds = [*ends[:: update.count].tolist(), int(ends[-1])]
+    for place, start in enumerate(range(0, rows.shape[0], update.count)):
         some = rows[start : start + update.count]
-        end = ends[start : start + some.shape[0] + 1]
-        reads = slice(int(end[0]), int(end[-1]))
+        first, last = bounds[place : place + 2]
+        end = ends[start : start + some.shape[0] + 1] - first
         # A bag a row: it adds up its reads in token order, whatever the number of threads.
         grad = torch.embedding_bag(
-            grad_output, token[reads], end - end[0], False, 0, False, weight[reads], True
+            grad_output, token[first:last], end, False, 0, False, weight[first:last], True
         )[0]
         update(some, grad)

@@ -75,6 +75,8 @@ class RowUpdate:
         # A multiple of VECTOR, so that only the last piece has an end that is no whole vector.
         self.count = max(1, ELEMENTS_AT_A_TIME // max(1, VECTOR * width)) * VECTOR
         self._buffers = [exp_avg.new_zeros(self.count * width) for _ in range(4)]
+        self._whole_piece = self._views(self.count)
+        self._words = [_words(table) for table in self.tables]
         self._copies = param.dtype != dtype
         self._decay = 1 - lr * weight_decay if weight_decay else None
         number = step.to(torch.float64) if isinstance(step, Tensor) else step
@@ -100,37 +102,44 @@ class RowUpdate:
             mixed = (seed * 2654435761 + int(step)) % 2**32
             self._generator = torch.Generator(param.device).manual_seed(mixed)
 
+    def _views(self, num_rows: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The buffers for so many rows: in whole vectors, and as the tables' rows.
+
+        What lies behind the rows in a vector is computed and forgotten.
+        """
+        width = self.param.shape[1]
+        size = num_rows * width
+        padded = min(-(-size // VECTOR) * VECTOR, self._buffers[0].numel())
+        vectors = [buffer[:padded] for buffer in self._buffers]
+        return vectors, [buffer[:size].view(num_rows, width) for buffer in self._buffers]
+
     def __call__(self, rows: Tensor, grad: Tensor) -> None:
         """Update at most `count` rows, [M], by their gradients, [M, d_v]."""
-        num_rows, width = grad.shape
-        # Whole vectors; what lies behind the rows is computed and forgotten.
-        size = num_rows * width
-        padded = -(-size // VECTOR) * VECTOR
-        flat = [buffer[: min(padded, buffer.numel())] for buffer in self._buffers]
-        value, mean, square, grad_buffer = (buffer[:size].view(num_rows, width) for buffer in flat)
-        self._gather(rows, value, mean, square)
-        if grad.dtype == mean.dtype and size == padded and grad.is_contiguous():
-            flat[3] = grad.view(-1)
+        whole = rows.shape[0] == self.count
+        vectors, buffers = self._whole_piece if whole else self._views(rows.shape[0])
+        value, mean, square, gradient = vectors
+        self._gather(rows, buffers)
+        if grad.dtype == mean.dtype and grad.numel() == mean.numel() and grad.is_contiguous():
+            gradient = grad.view(-1)
         else:
-            grad_buffer.copy_(grad)
+            buffers[3].copy_(grad)
         if self._decay is not None:
             value.mul_(self._decay)
         torch.ops.aten._fused_adamw_(
-            flat[:1], flat[3:], flat[1:2], flat[2:3], [], [self._steps], **self._options
+            [value], [gradient], [mean], [square], [], [self._steps], **self._options
         )
-        self._put_back(rows, value, mean, square)
+        self._put_back(rows, buffers)
 
-    def _gather(self, rows: Tensor, *buffers: Tensor) -> None:
-        for table, buffer in zip(self.tables, buffers, strict=True):
+    def _gather(self, rows: Tensor, buffers: list[Tensor]) -> None:
+        for table, buffer in zip(self.tables, buffers, strict=False):
             if table.dtype == buffer.dtype:
                 torch.index_select(table, 0, rows, out=buffer)
             else:
                 buffer.copy_(table.index_select(0, rows))
 
-    def _put_back(self, rows: Tensor, *buffers: Tensor) -> None:
-        for table, buffer in zip(self.tables, buffers, strict=True):
+    def _put_back(self, rows: Tensor, buffers: list[Tensor]) -> None:
+        for table, words, buffer in zip(self.tables, self._words, buffers, strict=False):
             if table.dtype == buffer.dtype:
-                words = _words(table)
                 words.index_copy_(0, rows, buffer.view(words.dtype))
         if self._copies:
             value = buffers[0]
