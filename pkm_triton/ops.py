@@ -5,7 +5,6 @@ Behind each public function is one operator registered with torch.library, so th
 public functions are plain Python: they check, flatten the leading dimensions and call it.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,9 +23,8 @@ from ._checks import (
     check_sparse_grad,
     int32_slots,
 )
+from ._operators import refuse_second_gradient, register, register_with_gradient
 from .gradients import FactoredGradient, Reads
-
-_LIBRARY = torch.library.Library("pkm_triton", "DEF")
 
 
 def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -126,48 +124,6 @@ def gather_values(
     return out.view(*slots.shape[:-1], values.shape[1])
 
 
-def _register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an operator from its schema, the function that runs it, and its shapes."""
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op = getattr(torch.ops.pkm_triton, name).default
-    torch.library.register_fake(f"pkm_triton::{name}", fake, lib=_LIBRARY)
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, run, key)
-        _LIBRARY.impl(name, functools.partial(_without_autocast, op, key.lower()), f"Autocast{key}")
-    return op
-
-
-def _without_autocast(op: Any, device: str, *args: Any) -> Any:
-    """The ops state their own precision; autocast must not lower it inside them."""
-    with torch.autocast(device, enabled=False):
-        return op(*args)
-
-
-def _register_with_gradient(
-    schema: str,
-    run: Callable[..., Any],
-    fake: Callable[..., Any],
-    save: Callable[..., None],
-    backward: Callable[..., Any],
-) -> Any:
-    """As `_register`, with the gradient that `save` (for backward) and `backward` make.
-
-    It is an operator of its own because of what passing through autograd costs a call that wants
-    no gradient: 11 of 48 µs, measured, which shows when one token is decoded at a time.
-    """
-    op = _register(schema, run, fake)
-    torch.library.register_autograd(op.name(), backward, setup_context=save, lib=_LIBRARY)
-    return op
-
-
-def _refuse_second_gradient(op: Any) -> None:
-    def refuse(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(f"{op.name()}: the ops are differentiable once, not twice")
-
-    torch.library.register_autograd(op.name(), refuse, lib=_LIBRARY)
-
-
 def _wants_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -214,17 +170,17 @@ def _topk(name: str) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
         return *op_backward(grad_scores, *ctx.saved_tensors), None
 
     arguments = "(Tensor query, Tensor keys, int top_k) -> (Tensor, Tensor)"
-    op = _register(f"{name}{arguments}", run, _empty_topk)
-    op_with_gradient = _register_with_gradient(
+    op = register(f"{name}{arguments}", run, _empty_topk)
+    op_with_gradient = register_with_gradient(
         f"{name}_with_gradient{arguments}", run, _empty_topk, save, backward
     )
-    op_backward = _register(
+    op_backward = register(
         f"{name}_backward(Tensor grad_scores, Tensor query, Tensor keys, Tensor slots)"
         " -> (Tensor, Tensor)",
         run_backward,
         fake_backward,
     )
-    _refuse_second_gradient(op_backward)
+    refuse_second_gradient(op_backward)
 
     def topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         chosen = op_with_gradient if _wants_gradient(query, keys) else op
@@ -366,39 +322,39 @@ def _gather_backward_factored(
 _product_key_topk = _topk("product_key_topk")
 _flat_key_topk = _topk("flat_key_topk")
 _GATHER_ARGUMENTS = "(Tensor values, Tensor slots, Tensor weights) -> Tensor"
-_gather_values = _register(f"gather_values{_GATHER_ARGUMENTS}", _run_gather, _fake_gather)
-_gather_values_with_gradient = _register_with_gradient(
+_gather_values = register(f"gather_values{_GATHER_ARGUMENTS}", _run_gather, _fake_gather)
+_gather_values_with_gradient = register_with_gradient(
     f"gather_values_with_gradient{_GATHER_ARGUMENTS}",
     _run_gather,
     _fake_gather,
     _save_gather,
     _gather_backward,
 )
-_gather_values_with_sparse_gradient = _register_with_gradient(
+_gather_values_with_sparse_gradient = register_with_gradient(
     f"gather_values_with_sparse_gradient{_GATHER_ARGUMENTS}",
     _run_gather,
     _fake_gather,
     _save_gather,
     _gather_backward_sparse,
 )
-_gather_values_with_factored_gradient = _register_with_gradient(
+_gather_values_with_factored_gradient = register_with_gradient(
     f"gather_values_with_factored_gradient{_GATHER_ARGUMENTS}",
     _run_gather,
     _fake_gather,
     _save_gather,
     _gather_backward_factored,
 )
-_gather_values_backward = _register(
+_gather_values_backward = register(
     "gather_values_backward(Tensor grad_output, Tensor values, Tensor slots, Tensor weights,"
     " bool needs_values, bool needs_weights) -> (Tensor, Tensor)",
     _run_gather_backward,
     _fake_gather_backward,
 )
-_gather_values_backward_sparse = _register(
+_gather_values_backward_sparse = register(
     "gather_values_backward_sparse(Tensor grad_output, Tensor values, Tensor slots,"
     " Tensor weights, bool needs_weights) -> (Tensor, Tensor, Tensor)",
     _run_gather_backward_sparse,
     _fake_gather_backward_sparse,
 )
-_refuse_second_gradient(_gather_values_backward)
-_refuse_second_gradient(_gather_values_backward_sparse)
+refuse_second_gradient(_gather_values_backward)
+refuse_second_gradient(_gather_values_backward_sparse)
