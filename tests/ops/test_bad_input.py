@@ -77,3 +77,15 @@ VALUES, SLOTS, WEIGHTS = torch.randn(20, 4), torch.randint(0, 20, (3, 6)), torch
 def test_gather_values(values, slots, weights, sparse_grad, error, message):
     with pytest.raises(error, match=message):
         pkm.gather_values(values, slots, weights, sparse_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 7, 64])
+@pytest.mark.parametrize("bad", [-1, -(2**31), 20, 2**31 - 1])
+def test_int32_slots_are_looked_at_as_they_are_read(dtype, width, bad):
+    values, slots = torch.randn(20, width).to(dtype), SLOTS.int()
+    slots[1, 2] = bad
+    with pytest.raises(ValueError, match=r"slots must lie in \[0, 20\)"):
+        pkm.gather_values(values, slots, WEIGHTS)
+    with pytest.raises(ValueError, match=r"slots must lie in \[0, 0\)"):
+        pkm.gather_values(values[:0], slots, WEIGHTS)
