@@ -116,6 +116,11 @@ def merge_halves_kernel(
     tl.store(slots_ptr + row * TOP_K + rank, i * num_subkeys + j, mask=rank < TOP_K)
 
 
+def count_pairs(top_k: int, per_half: int) -> int:
+    """Pairs of ranks a, b <= per_half that can be among the best sums: those of a·b <= top_k."""
+    return sum(min(top_k // a, per_half) for a in range(1, per_half + 1))
+
+
 def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The `top_k` slots of highest score, exactly (paper equation 4 and the text below it).
 
@@ -135,7 +140,7 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
     if num_tokens == 0:
         return scores, slots
     per_half = min(top_k, num_subkeys)
-    num_pairs = sum(min(top_k // a, per_half) for a in range(1, per_half + 1))
+    num_pairs = count_pairs(top_k, per_half)
     if num_pairs > MAX_PAIRS:
         raise ValueError(
             f"top_k is {top_k} of {num_subkeys}² slots: {num_pairs} pairs of ranks to combine, but "
@@ -191,7 +196,7 @@ def product_key_topk_bytes(query: Tensor, subkeys: Tensor, top_k: int) -> dict[s
     moved = select_bytes(many, num_tokens, 2 * heads, num_subkeys, half_dim, sizes)
     # The first half's best wait there.
     waiting = 2 * 4 * num_tokens * heads * per_half
-    num_pairs = sum(min(top_k // a, per_half) for a in range(1, per_half + 1))
+    num_pairs = count_pairs(top_k, per_half)
     log_top = max(4, log2_ceil(top_k))
     pairs = 2 ** max(6, log_top, log2_ceil(num_pairs))
     # The halves' best, once in order; then bounds, the pairs of ranks, their scores and sums, by

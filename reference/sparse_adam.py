@@ -103,9 +103,10 @@ class RowUpdate:
             self._generator = torch.Generator(param.device).manual_seed(mixed)
 
     def _views(self, num_rows: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The buffers for so many rows: in whole vectors, and as the tables' rows.
+        """The buffers for so many rows, in whole vectors and as the tables' rows.
 
-        What lies behind the rows in a vector is computed and forgotten.
+        They are of values, first and second moments, and gradient. What lies behind the rows in a
+        vector is computed and forgotten.
         """
         width = self.param.shape[1]
         size = num_rows * width
@@ -131,14 +132,14 @@ class RowUpdate:
         self._put_back(rows, buffers)
 
     def _gather(self, rows: Tensor, buffers: list[Tensor]) -> None:
-        for table, buffer in zip(self.tables, buffers, strict=False):
+        for table, buffer in zip(self.tables, buffers[:3], strict=True):
             if table.dtype == buffer.dtype:
                 torch.index_select(table, 0, rows, out=buffer)
             else:
                 buffer.copy_(table.index_select(0, rows))
 
     def _put_back(self, rows: Tensor, buffers: list[Tensor]) -> None:
-        for table, words, buffer in zip(self.tables, self._words, buffers, strict=False):
+        for table, words, buffer in zip(self.tables, self._words, buffers[:3], strict=True):
             if table.dtype == buffer.dtype:
                 words.index_copy_(0, rows, buffer.view(words.dtype))
         if self._copies:
