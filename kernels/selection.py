@@ -93,7 +93,7 @@ def count_bound(packed, LEAST: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.cons
     low = ordered(tl.min(tl.maximum(upper, lower), 1)).to(tl.float32, bitcast=True)
     high = ordered(tl.max(tl.minimum(upper, lower), 1)).to(tl.float32, bitcast=True)
     # NaN of a score, or of -inf rounded down.
-    low = -over_row_max(tl.where(low == low, -low, float("inf")), ROWS)
+    low = -over_row_max(-tl.where(low == low, low, float("-inf")), ROWS)
     high = tl.maximum(low, over_row_max(tl.where(high == high, high, float("inf")), ROWS))
     for _ in tl.range(ROUNDS, num_stages=1):
         level = 0.5 * tl.maximum(low, -3e38) + 0.5 * tl.minimum(high, 3e38)
