@@ -15,6 +15,8 @@ MAX_PAIRS = 8192
 # The most keys of a stretch, and entries of all stretches, that are sorted in registers.
 MAX_SORTED = 256
 MAX_MERGED = 2048
+# Triton 3.6 gives every loop that loads ahead memory of its own, and the lookups have two.
+SHARES_MEMORY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 
 
 def log2_ceil(n: int) -> int:
@@ -216,7 +218,7 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
         # Sixteen warps on a multiprocessor: a program of 16, or two of 8.
         rows, registers = 128, 128
         if triton.cdiv(num_tokens, 256) * heads >= on.multiprocessors:
-            rows, stages = 256, 2
+            rows, stages = 256, 2 if SHARES_MEMORY else 1
         if not whole(256, 2) and whole(128, 1):
             # One program takes most of shared memory, so it may have the registers.
             rows, stages, registers = 128, 1, 255

@@ -82,7 +82,9 @@ def turn_odd_runs(x, RUN: tl.constexpr):
 @triton.jit
 def merge(x, LOG_RUN: tl.constexpr):
     """Sort runs of 2 ** LOG_RUN ranks, each bitonic, to descend and ascend by turns."""
-    SEVERAL: tl.constexpr = x.shape[0] <= 2**LOG_RUN < x.shape[0] * x.shape[2]
+    # Triton before 3.9 takes no chained comparison.
+    LONG: tl.constexpr = x.shape[0] <= 2**LOG_RUN
+    SEVERAL: tl.constexpr = LONG and x.shape[0] * x.shape[2] > 2**LOG_RUN
     if SEVERAL:
         x = turn_odd_runs(x, 2**LOG_RUN)
     for step in tl.static_range(LOG_RUN):
