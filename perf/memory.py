@@ -44,7 +44,10 @@ def measure_peak(
         device: `cpu` or `cuda`.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop lines on stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # Events of one cycle or of all are the same here, but without it torch 2.11 warns.
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         call()
         if device == "cuda":
             torch.cuda.synchronize()
