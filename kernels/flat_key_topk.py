@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .entries import bits_of
 from .launch import choose_lists, choose_splits, list_programs
-from .lists import bits_of, store_best
+from .lists import store_best
 from .lookup_bytes import list_bytes_at_most, select_bytes, split_bytes
 from .selection import select
 from .split_topk import NOTHING, pair_index, pair_score, split_topk

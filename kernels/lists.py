@@ -1,45 +1,25 @@
 """Lists of candidates in memory, and their sorting.
 
 A program keeps a list for each of its ROWS rows, in memory that stays in cache: slot s of row r is
-at list_ptr + s * ROWS + r. An entry is an int64, a score's float32 bits above its key's index. Slot
-LIST of a list is its head: a bound (see `ordered`) that the k best reach, above the length.
+at list_ptr + s * ROWS + r. Slots hold entries (see `entries`). Slot LIST of a list is its head: a
+bound (see `ordered`) that the k best reach, above the length.
 """
 
 import triton
 import triton.language as tl
 
+from .entries import (
+    bits_of,
+    entry_of,
+    index_of,
+    narrow_key,
+    narrow_rank,
+    narrow_score,
+    ordered,
+    ordered_pair,
+    score_of,
+)
 from .sorting import keys_each, lists_a_warp, ranks, sort_rows, sort_top, warps_of_lists
-
-
-@triton.jit
-def ordered(bits):
-    """The int32 that orders as the float32 with these bits does; its own inverse."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def entry_of(score, index):
-    """The entry of a score and its key, which is not negative."""
-    bits = score.to(tl.int32, bitcast=True)
-    return (bits.to(tl.int64) << 32) | index.to(tl.uint32, bitcast=True).to(tl.int64)
-
-
-@triton.jit
-def bits_of(entry):
-    """The bits of an entry's score."""
-    return (entry >> 32).to(tl.int32)
-
-
-@triton.jit
-def score_of(entry):
-    """An entry's score."""
-    return bits_of(entry).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def index_of(entry):
-    """An entry's key."""
-    return entry.to(tl.int32)
 
 
 @triton.jit
@@ -56,50 +36,6 @@ def load_bits(entry_ptr, mask):
 
 
 @triton.jit
-def ordered_pair(bits, index):
-    """The int64 that orders by score, NaN first, then by lower index."""
-    key = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, ordered(bits))
-    return (key.to(tl.int64) << 32) | (0x7FFFFFFF - index)
-
-
-@triton.jit
-def narrow_key(bits, bound, LOG_SIZE: tl.constexpr):
-    """An int32 that orders by score, then by lower rank, and whether it does so exactly.
-
-    bits, in sort form, of scores; bound, of which enough are above, `ordered`. The bits of a key
-    but for the lowest LOG_SIZE, its rank's, say how far its score is above the bound, as far as
-    that fits. Scores below the bound are all one. Not exact where a score is NaN or too far above.
-    """
-    EACH: tl.constexpr = bits.shape[0]
-    LANES: tl.constexpr = bits.shape[2]
-    own = EACH - 1 - tl.arange(0, EACH)[:, None, None, None]
-    lane = EACH * (LANES - 1 - tl.arange(0, LANES)[None, None, :, None])
-    value = ordered(bits)
-    # From the least int32 on. The order of the sums is for the sake of registers.
-    key = ((value << LOG_SIZE) + (lane - (bound << LOG_SIZE) + -0x80000000)) ^ own
-    key = tl.where(value >= bound, key, -0x80000000)
-    # Compared unsigned, a difference beyond int32 is too large as well.
-    above = tl.maximum(tl.max(value, 0, keep_dims=True), bound) - bound
-    exact = above.to(tl.uint32, bitcast=True) < 2 ** (32 - LOG_SIZE)
-    # A NaN may have either sign.
-    largest = tl.max(bits & 0x7FFFFFFF, 0, keep_dims=True)
-    return key, exact & (largest <= 0x7F800000)
-
-
-@triton.jit
-def narrow_rank(key, LOG_SIZE: tl.constexpr):
-    """The rank in a key of `narrow_key`."""
-    return 2**LOG_SIZE - 1 - (key & (2**LOG_SIZE - 1))
-
-
-@triton.jit
-def narrow_score(key, bound, LOG_SIZE: tl.constexpr):
-    """The score in a key of `narrow_key`."""
-    above = (key ^ -0x80000000).to(tl.uint32, bitcast=True) >> LOG_SIZE
-    return ordered(above.to(tl.int32, bitcast=True) + bound).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def slot_pointers(
     list_ptr, first_row, ROWS: tl.constexpr, EACH: tl.constexpr, LANES: tl.constexpr,
     HIGH: tl.constexpr, LOW: tl.constexpr,
@@ -113,36 +49,42 @@ def slot_pointers(
 
 @triton.jit
 def sort_wide(
-    list_ptr, first_row, TOP_K: tl.constexpr, ROWS: tl.constexpr, HIGH: tl.constexpr,
-    LOW: tl.constexpr,
-    EACH: tl.constexpr, LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr,
+    list_ptr, first_list, TOP_K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    LOG_LIST: tl.constexpr, LOG_SIZE: tl.constexpr, LOG_TOP: tl.constexpr, LISTS: tl.constexpr,
+    MOST: tl.constexpr,
 ):  # fmt: skip
-    """Sort some lists as `sort_lists` does, whatever they hold."""
-    LANES: tl.constexpr = 2**LOG_LIST // EACH
+    """Sort LISTS lists of no more than 2 ** LOG_SIZE, whatever they hold; MOST keys a thread."""
+    EACH: tl.constexpr = keys_each(LOG_TOP, MOST)
+    LANES: tl.constexpr = 2**LOG_SIZE // EACH
     TOP_LANES: tl.constexpr = 2**LOG_TOP // EACH
-    row = first_row + sort_rows(HIGH, LOW)
-    length = index_of(tl.load(list_ptr + 2**LOG_LIST * ROWS + row))
-    lane = tl.arange(0, LANES)[None, None, :, None]
-    valid = tl.arange(0, EACH)[:, None, None, None] < length - EACH * lane
-    place = slot_pointers(list_ptr, first_row, ROWS, EACH, LANES, HIGH, LOW)
-    entry = tl.load(place, mask=valid, other=0)
-    key = ordered_pair(bits_of(entry), index_of(entry))
-    key = sort_top(tl.where(valid, key, -0x8000000000000000), LOG_LIST, LOG_TOP)
-    best = (ordered(bits_of(key)).to(tl.int64) << 32) | (0x7FFFFFFF - (key & 0x7FFFFFFF))
-    # All of a list is read before its start is written.
-    tl.debug_barrier()
-    place = slot_pointers(list_ptr, first_row, ROWS, EACH, TOP_LANES, HIGH, LOW)
-    tl.store(place, best, mask=ranks(EACH, TOP_LANES) < TOP_K)
+    LOW: tl.constexpr = lists_a_warp(LISTS, LANES)
+    HIGH: tl.constexpr = warps_of_lists(LISTS // LOW, WARPS, LANES * LOW)
+    for first_row in tl.range(
+        first_list, first_list + LISTS, HIGH * LOW, num_stages=1, disable_licm=True
+    ):
+        row = first_row + sort_rows(HIGH, LOW)
+        length = index_of(tl.load(list_ptr + 2**LOG_LIST * ROWS + row))
+        lane = tl.arange(0, LANES)[None, None, :, None]
+        valid = tl.arange(0, EACH)[:, None, None, None] < length - EACH * lane
+        place = slot_pointers(list_ptr, first_row, ROWS, EACH, LANES, HIGH, LOW)
+        entry = tl.load(place, mask=valid, other=0)
+        key = ordered_pair(bits_of(entry), index_of(entry))
+        key = sort_top(tl.where(valid, key, -0x8000000000000000), LOG_SIZE, LOG_TOP)
+        best = (ordered(bits_of(key)).to(tl.int64) << 32) | (0x7FFFFFFF - (key & 0x7FFFFFFF))
+        # All of a list is read before its start is written.
+        tl.debug_barrier()
+        place = slot_pointers(list_ptr, first_row, ROWS, EACH, TOP_LANES, HIGH, LOW)
+        tl.store(place, best, mask=ranks(EACH, TOP_LANES) < TOP_K)
 
 
 @triton.jit
 def sort_narrow(
     list_ptr, first_row, TOP_K: tl.constexpr, ROWS: tl.constexpr, LOG_LIST: tl.constexpr,
-    LOG_SHORT: tl.constexpr, LOG_TOP: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    LOG_SIZE: tl.constexpr, LOG_TOP: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """Sort HIGH * LOW lists by narrow keys, if that is exact for all of them; whether it was."""
     EACH: tl.constexpr = keys_each(LOG_TOP, 32)
-    LANES: tl.constexpr = 2**LOG_SHORT // EACH
+    LANES: tl.constexpr = 2**LOG_SIZE // EACH
     TOP_LANES: tl.constexpr = 2**LOG_TOP // EACH
     row = first_row + sort_rows(HIGH, LOW)
     head = tl.load(list_ptr + 2**LOG_LIST * ROWS + row)
@@ -150,12 +92,21 @@ def sort_narrow(
     place = slot_pointers(list_ptr, first_row, ROWS, EACH, LANES, HIGH, LOW)
     lane = tl.arange(0, LANES)[None, None, :, None]
     mask = tl.arange(0, EACH)[:, None, None, None] < length - EACH * lane
-    key, exact = narrow_key(load_bits(place, mask), bits_of(head), LOG_SHORT)
-    exact = exact & (length <= 2**LOG_SHORT)
+    # The more are wanted, the further apart are their scores, so their keys need more bits.
+    LOG_SHARED: tl.constexpr = 1 if LOG_TOP >= 7 else 0
+    LOG_RANK: tl.constexpr = LOG_SIZE - LOG_SHARED
+    key, exact = narrow_key(load_bits(place, mask), bits_of(head), LOG_SIZE, LOG_SHARED)
+    exact = exact & (length <= 2**LOG_SIZE)
     all_exact = tl.min(exact.to(tl.int32)) != 0
     if all_exact:
-        slot = narrow_rank(sort_top(key, LOG_SHORT, LOG_TOP), LOG_SHORT)
+        best_key = sort_top(key, LOG_SIZE, LOG_TOP)
+        slot = narrow_rank(best_key, LOG_RANK) << LOG_SHARED
         best = tl.load((list_ptr + row) + slot * ROWS)
+        if LOG_SHARED == 1:
+            score = narrow_score(best_key, bits_of(head), LOG_RANK).to(tl.int32, bitcast=True)
+            wrong = bits_of(best) != score
+            other = tl.load((list_ptr + (row + ROWS)) + slot * ROWS, mask=wrong, other=0)
+            best = tl.where(wrong, other, best)
         # All of a list is read before its start is written.
         tl.debug_barrier()
         into = slot_pointers(list_ptr, first_row, ROWS, EACH, TOP_LANES, HIGH, LOW)
@@ -166,67 +117,69 @@ def sort_narrow(
 @triton.jit
 def sort_longer(
     list_ptr, first_list, TOP_K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr, LISTS: tl.constexpr,
+    LOG_LIST: tl.constexpr, LOG_LONG: tl.constexpr, LOG_TOP: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
-    """Sort LISTS lists as `sort_lists` does, however long and whatever they hold."""
-    LOG_LONG: tl.constexpr = min(LOG_LIST, max(7, LOG_TOP + 2))
+    """Sort LISTS lists as `sort_lists` does: by narrow keys up to 2 ** LOG_LONG, else by all."""
     LANES: tl.constexpr = max(1, 2**LOG_LONG // keys_each(LOG_TOP, 32))
     LOW: tl.constexpr = lists_a_warp(LISTS, LANES)
     HIGH: tl.constexpr = warps_of_lists(LISTS // LOW, WARPS, LANES * LOW)
-    WIDE_EACH: tl.constexpr = keys_each(LOG_TOP, 8)
-    WIDE_LANES: tl.constexpr = 2**LOG_LIST // WIDE_EACH
-    WIDE_LOW: tl.constexpr = lists_a_warp(HIGH * LOW, WIDE_LANES)
-    WIDE_HIGH: tl.constexpr = warps_of_lists(HIGH * LOW // WIDE_LOW, WARPS, WIDE_LANES * WIDE_LOW)
     for first_row in tl.range(
         first_list, first_list + LISTS, HIGH * LOW, num_stages=1, disable_licm=True
     ):
-        exact = False
+        done = False
         if LOG_LONG <= 8:
-            exact = sort_narrow(
+            done = sort_narrow(
                 list_ptr, first_row, TOP_K, ROWS, LOG_LIST, LOG_LONG, LOG_TOP, HIGH, LOW
             )  # fmt: skip
-        if not exact:
-            for wide_row in tl.range(
-                first_row,
-                first_row + HIGH * LOW,
-                WIDE_HIGH * WIDE_LOW,
-                num_stages=1,
-                disable_licm=True,
-            ):
-                sort_wide(
-                    list_ptr, wide_row, TOP_K, ROWS, WIDE_HIGH, WIDE_LOW, WIDE_EACH, LOG_LIST,
-                    LOG_TOP,
-                )  # fmt: skip
+        if not done:
+            sort_wide(
+                list_ptr, first_row, TOP_K, ROWS, WARPS, LOG_LIST, LOG_LIST, LOG_TOP, HIGH * LOW,
+                8 if LOG_TOP < 7 else 16,
+            )  # fmt: skip
 
 
 @triton.jit
 def sort_lists(
     list_ptr, longest, TOP_K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr,
+    LOG_LIST: tl.constexpr, LOG_SHORT: tl.constexpr, LOG_TOP: tl.constexpr,
 ):  # fmt: skip
     """Leave the TOP_K best entries of each list, the longest of which has `longest`, at its start.
 
-    In order. TOP_K <= 2 ** LOG_TOP. Nearly always the lists are short, and their scores so near
-    each other that an int32 orders them exactly, far cheaper to sort than the int64 that always
-    does.
+    In order. TOP_K <= 2 ** LOG_TOP, LOG_SHORT <= LOG_LIST. Nearly always the lists are no longer
+    than 2 ** LOG_SHORT, and their scores so near each other that an int32 orders them exactly, far
+    cheaper to sort than an int64.
     """
-    LOG_SHORT: tl.constexpr = max(6, LOG_TOP + 1)
-    if LOG_SHORT < LOG_LIST:
-        LANES: tl.constexpr = 2**LOG_SHORT // keys_each(LOG_TOP, 32)
-        LOW: tl.constexpr = lists_a_warp(ROWS, LANES)
-        HIGH: tl.constexpr = warps_of_lists(ROWS // LOW, WARPS, LANES * LOW)
-        for first_row in tl.range(0, ROWS, HIGH * LOW, num_stages=1, disable_licm=True):
-            exact = longest <= 2**LOG_SHORT
-            if exact:
-                exact = sort_narrow(
+    LANES: tl.constexpr = 2**LOG_SHORT // keys_each(LOG_TOP, 32)
+    LOW: tl.constexpr = lists_a_warp(ROWS, LANES)
+    HIGH: tl.constexpr = warps_of_lists(ROWS // LOW, WARPS, LANES * LOW)
+    # Of more ranks an int32 has too few bits left.
+    NARROW: tl.constexpr = LOG_SHORT <= 10
+    # Of many wanted some lists are long, but seldom one of those that are sorted at once.
+    MANY: tl.constexpr = LOG_TOP >= 7
+    for first_row in tl.range(0, ROWS, HIGH * LOW, num_stages=1, disable_licm=True):
+        done = ((longest <= 2**LOG_SHORT) | MANY) & NARROW
+        if NARROW:  # noqa: SIM102 (known to the compiler, unlike the next)
+            if done:
+                done = sort_narrow(
                     list_ptr, first_row, TOP_K, ROWS, LOG_LIST, LOG_SHORT, LOG_TOP, HIGH, LOW
                 )  # fmt: skip
-            if not exact:
+        if MANY:  # noqa: SIM102
+            # Their scores are often too far from each other.
+            if not done:
+                row = first_row + sort_rows(HIGH, LOW)
+                length = index_of(tl.load(list_ptr + 2**LOG_LIST * ROWS + row))
+                done = tl.max(length) <= 2**LOG_SHORT
+                if done:
+                    sort_wide(
+                        list_ptr, first_row, TOP_K, ROWS, WARPS, LOG_LIST, LOG_SHORT, LOG_TOP,
+                        HIGH * LOW, 32 if LOG_TOP < 9 else 16,
+                    )  # fmt: skip
+        if not MANY or LOG_SHORT < LOG_LIST:  # noqa: SIM102
+            if not done:
                 sort_longer(
-                    list_ptr, first_row, TOP_K, ROWS, WARPS, LOG_LIST, LOG_TOP, HIGH * LOW
+                    list_ptr, first_row, TOP_K, ROWS, WARPS, LOG_LIST,
+                    min(LOG_LIST, LOG_SHORT + 1), LOG_TOP, HIGH * LOW,
                 )  # fmt: skip
-    else:
-        sort_longer(list_ptr, 0, TOP_K, ROWS, WARPS, LOG_LIST, LOG_TOP, ROWS)
 
 
 @triton.constexpr_function

@@ -53,8 +53,9 @@ def select_bytes(
 
 def sort_bytes_at_most(length: int, log_top: int) -> int:
     """The most that storing a list's head and sorting `length` entries move."""
-    # Tried twice by halves of entries, then done by all of them; the best are read and written.
-    return 16 * length + 16 * 2**log_top + 64
+    # Tried twice by halves of entries, then done by all of them; the best are read, each once more
+    # or not, and written.
+    return 16 * length + 24 * 2**log_top + 64
 
 
 def list_bytes_at_most(shape: Lists, num_keys: int, top_k: int) -> int:

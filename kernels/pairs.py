@@ -11,19 +11,10 @@ Entry a of row r of the first half is at first_ptr + a * ROWS + r, likewise the 
 import triton
 import triton.language as tl
 
-from .lists import (
-    index_of,
-    load_bits,
-    narrow_key,
-    narrow_rank,
-    narrow_score,
-    ordered,
-    rows_at_once,
-    score_of,
-    sort_lists,
-    store_head,
-)
-from .selection import append, thread_columns, thread_rows
+from .entries import index_of, narrow_key, narrow_rank, narrow_score, ordered, score_of
+from .lists import load_bits, rows_at_once, sort_lists, store_head
+from .scoring import thread_columns, thread_rows
+from .selection import append
 from .sorting import keys_each, lists_a_warp, sort_rows, sort_top, warps_of_lists
 
 
@@ -117,7 +108,7 @@ def combine_narrow(
     pair = tl.load(pairs_ptr + tl.max_contiguous(lane * EACH + own, [1, 1, 1, 1]))
     mask = (pair >= 0) & (row < num_rows)
     a, b = load_pair(first_ptr, second_ptr, pair, row, mask, ROWS)
-    key, exact = narrow_key((a + b).to(tl.int32, bitcast=True), bound, LOG_PAIRS)
+    key, exact = narrow_key((a + b).to(tl.int32, bitcast=True), bound, LOG_PAIRS, 0)
     all_exact = tl.min(exact.to(tl.int32)) != 0
     if all_exact:
         best = by_row(sort_top(key, LOG_PAIRS, LOG_TOP))
@@ -167,7 +158,10 @@ def combine_by_lists(
         count = append(total, start, num_pairs, bound, count, list_ptr, ROWS, TILE, 2)
     store_head(list_ptr, bound, count, row, ROWS, LOG_PAIRS)
     tl.debug_barrier()
-    sort_lists(list_ptr, tl.max(count), TOP_K, ROWS, WARPS, LOG_PAIRS, LOG_TOP)
+    # The more are wanted, the more sums reach the bound; beyond 256 registers do not suffice.
+    MOST: tl.constexpr = LOG_TOP + (2 if LOG_TOP == 7 or LOG_TOP == 8 else 1)
+    LOG_SHORT: tl.constexpr = min(LOG_PAIRS, max(6, MOST))
+    sort_lists(list_ptr, tl.max(count), TOP_K, ROWS, WARPS, LOG_PAIRS, LOG_SHORT, LOG_TOP)
     tl.debug_barrier()
     LISTS: tl.constexpr = rows_at_once(min(ROWS, 32), LOG_TOP)
     rank = tl.arange(0, 2**LOG_TOP)[None, :]

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .entries import bits_of, ordered_pair
 from .launch import MAX_PAIRS, choose_lists, choose_splits, list_programs, log2_ceil
-from .lists import bits_of, load_best, ordered_pair, store_best
+from .lists import load_best, store_best
 from .lookup_bytes import list_bytes_at_most, select_bytes, sort_bytes_at_most, split_bytes
 from .pairs import combine, rank_pairs, store_rank_pairs
 from .selection import select

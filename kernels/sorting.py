@@ -65,7 +65,13 @@ def exchange(x, STRIDE: tl.constexpr, RUN: tl.constexpr):
         pair = tl.reshape(x, [EACH * HIGH, LANES // (2 * APART), 2, APART * LOW])
         other = tl.sum(pair, 2, keep_dims=True) - pair
         smaller = tl.arange(0, 2)[None, None, :, None] == 1
-    kept = tl.where(smaller, tl.minimum(pair, other), tl.maximum(pair, other))
+    if x.dtype == tl.int64:
+        # Only the upper halves are compared: of two equal ones both keep their places.
+        one = (pair >> 32).to(tl.int32)
+        two = (other >> 32).to(tl.int32)
+        kept = tl.where(tl.where(smaller, two < one, two > one), other, pair)
+    else:
+        kept = tl.where(smaller, tl.minimum(pair, other), tl.maximum(pair, other))
     return tl.reshape(kept, [EACH, HIGH, LANES, LOW])
 
 

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .entries import bits_of, ordered, ordered_pair
 from .launch import Splits
-from .lists import bits_of, ordered, ordered_pair
 
 NOTHING: tl.constexpr = tl.constexpr(-0x8000000000000000)
 

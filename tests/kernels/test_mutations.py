@@ -92,6 +92,18 @@ def check_flat_of_distinct_scores(mutant):
     assert torch.equal(scores[0, 0], torch.arange(599.0, 569, -1))
 
 
+def check_many_of_distinct_scores(mutant):
+    keys = torch.randperm(300).float().view(1, 300, 1) + 300
+    scores, slots = on_chip(mutant, 1).flat_key_topk(torch.ones(1, 1, 1), keys, 100)
+    assert_selects_exactly(scores, slots, keys.view(1, 1, 300).double())
+
+
+def check_many_of_equal_scores(mutant):
+    keys = torch.randint(0, 40, (1, 300, 1)).float() + 300
+    scores, slots = on_chip(mutant, 1).flat_key_topk(torch.ones(1, 1, 1), keys, 100)
+    assert_selects_exactly(scores, slots, keys.view(1, 1, 300).double())
+
+
 def check_flat_scores_far_apart(mutant):
     keys = torch.logspace(-30, 30, 200)[torch.randperm(200)].view(1, 200, 1)
     scores, _ = on_chip(mutant, 1).flat_key_topk(torch.ones(1, 1, 1), keys, 32)
@@ -114,7 +126,7 @@ def check_infinities(mutant):
 
 def check_precision_is_stated(mutant):
     # Only a GPU multiplies float32 in tf32 by default; the interpreter would not show it.
-    for file in ("selection.py", "split_topk.py"):
+    for file in ("scoring.py", "split_topk.py"):
         source = (Path(mutant.__file__).parent / file).read_text()
         assert source.count("tl.dot(") == source.count("input_precision=PRECISION") > 0
 
@@ -140,17 +152,17 @@ MUTATIONS = {
         check_flat_of_equal_scores,
     ),
     "bound above the k-th best": (
-        "selection.py", "ROWS) >= LEAST", "ROWS) >= LEAST // 2", check_flat_of_distinct_scores,
+        "bounds.py", "ROWS) >= LEAST", "ROWS) >= LEAST // 2", check_flat_of_distinct_scores,
     ),
     "threads of a row append to the same slots": (
-        "selection.py", "before += tl.where", "before -= tl.where", check_product_with_ties,
+        "scoring.py", "before += tl.where", "before -= tl.where", check_product_with_ties,
     ),
     "rows past the last token": (
         "pairs.py", "mask = (row < num_rows) & (rank < TOP_K)", "mask = rank + row * 0 < TOP_K",
         check_product_with_ties,
     ),
     "tf32": (
-        "selection.py", "tl.dot(query, keys, input_precision=PRECISION)", "tl.dot(query, keys)",
+        "scoring.py", "tl.dot(query, keys, input_precision=PRECISION)", "tl.dot(query, keys)",
         check_precision_is_stated,
     ),
     "candidate bound off by one": (
@@ -168,7 +180,16 @@ MUTATIONS = {
         check_infinities,
     ),
     "narrow keys that overflow": (
-        "lists.py", "< 2 ** (32 - LOG_SIZE)", "< 2**32 - 1", check_flat_scores_far_apart,
+        "entries.py", "< 2 ** (32 - LOG_RANK)", "< 2**32 - 1", check_flat_scores_far_apart,
+    ),
+    "neighbours that share a rank": (
+        "entries.py", "exact & (same < bound)", "exact", check_many_of_equal_scores,
+    ),
+    "which of two neighbours": (
+        "lists.py", "tl.where(wrong, other, best)", "best", check_many_of_distinct_scores,
+    ),
+    "equal scores that change places once": (
+        "sorting.py", "two < one,", "two <= one,", check_many_of_equal_scores,
     ),
     "runs of one direction": (
         "sorting.py", "(run % 2 == 1) & (RUN < EACH)", "(run < 0) & (RUN < EACH)",
