@@ -5,8 +5,12 @@ import tempfile
 from pathlib import Path
 
 
-def ensure_writable(folder: Path) -> None:
+def ensure_writable(folder: Path, option: str = "output") -> None:
     """Create `folder` where it is missing and prove that a file can be written in it.
+
+    Args:
+        folder: where files will be written.
+        option: of the command, that names it.
 
     Raises:
         ValueError: the folder cannot be made, is not a folder, or takes no file.
@@ -17,8 +21,8 @@ def ensure_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"output: cannot write in {str(folder)!r} ({error.strerror}); "
-            "give a folder that can be written with --output"
+            f"{option}: cannot write in {str(folder)!r} ({error.strerror}); "
+            f"give a folder that can be written with --{option}"
         ) from error
 
 

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .files import ensure_writable, write_whole
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 FILES = (
     "gather_values", "product_key_topk", "flat_key_topk", "scatter_values", "sampled_products",
@@ -54,23 +56,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table of `pkm-perf kernels`, and write it if asked to."""
+    if args.json:
+        ensure_writable(args.json.absolute().parent, "json")
     rows = report(args.architectures, args.only, args.unaligned, args.processes)
     print(" | ".join(COLUMNS))
     for row in rows:
         print(" | ".join(str(row[column]) for column in COLUMNS))
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_whole(args.json, json.dumps(rows, indent=1) + "\n")
     return 0
 
 
 def report(
     architectures: Any = ARCHITECTURES, only: str = "", unaligned: bool = False, processes: int = 2
 ) -> list[dict[str, Any]]:
-    """A row for each kernel, shipped configuration and architecture."""
+    """A row for each kernel, shipped configuration and architecture.
+
+    Args:
+        architectures: of ARCHITECTURES.
+        only: what the configurations' names hold; all do where it is empty.
+        unaligned: whether to compile for pointers of no alignment, too.
+        processes: that compile at once.
+
+    Raises:
+        ValueError: no configuration's name holds `only`, or `processes` is not positive.
+    """
+    if processes < 1:
+        raise ValueError(f"processes: {processes} is too small; at least 1 is needed")
+    names = list(shipped_configurations())
+    chosen = [name for name in names if only in name]
+    if not chosen:
+        raise ValueError(
+            f"only: {only!r} is in no configuration's name; allowed: parts of {', '.join(names)}"
+        )
     jobs = [
         (name, architecture, aligned)
-        for name in shipped_configurations()
-        if only in name
+        for name in chosen
         for architecture in architectures
         for aligned in ((True, False) if unaligned else (True,))
     ]

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -6,7 +7,7 @@ import time
 
 import pytest
 
-from pkm_triton.perf import sweep_command
+from pkm_triton.perf import kernel_report, sweep_command
 from pkm_triton.perf.__main__ import main
 from pkm_triton.perf.records import SCHEMA, read_rows
 
@@ -116,3 +117,28 @@ def test_ctrl_c_leaves_a_valid_csv_and_says_how_to_go_on(tmp_path):
     rows = read_rows(path)
     assert rows
     assert f"Stopped; {len(rows)} rows are in {path}. The same command goes on" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", "0"], "processes: 0 is too small"),
+        (["--only", "gather sideways"], "only: 'gather sideways' is in no configuration's name"),
+        (["--json", "/dev/null/report.json"], "json: cannot write in '/dev/null'"),
+    ],
+)
+def test_a_mistake_in_the_kernel_report_is_found_before_anything_is_compiled(
+    arguments, message, capsys
+):
+    assert main(["kernels", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_kernel_report_is_written_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        kernel_report, "report", lambda *_: [dict.fromkeys(kernel_report.COLUMNS, 1)]
+    )
+    path = tmp_path / "new" / "report.json"
+    assert main(["kernels", "--json", str(path)]) == 0
+    assert json.loads(path.read_text())[0]["registers"] == 1
+    assert list(path.parent.iterdir()) == [path]
