@@ -127,6 +127,7 @@ def sort_longer(
         first_list, first_list + LISTS, HIGH * LOW, num_stages=1, disable_licm=True
     ):
         done = False
+        # Narrow keys of more ranks would seldom be exact.
         if LOG_LONG <= 8:
             done = sort_narrow(
                 list_ptr, first_row, TOP_K, ROWS, LOG_LIST, LOG_LONG, LOG_TOP, HIGH, LOW
