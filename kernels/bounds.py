@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 
 from .entries import ordered
-from .scoring import in_tile, over_row_max, over_row_sum, score_tile
+from .scoring import in_tile, over_row_max, over_row_sum, score_tile, tile_stages
 
 
 @triton.jit
 def pack_maxima(best):
-    """Two maxima in an int32, [2, C, 2 * ROWS] -> [2, C / 2, 2 * ROWS], to spare registers.
+    """Two maxima in an int32, [2, C, THREADS] -> [2, C / 2, THREADS], to spare registers.
 
     Each keeps the upper half of its `ordered` bits: it is rounded down, as a bound may be.
     """
@@ -25,9 +25,9 @@ def pack_maxima(best):
 
 @triton.jit
 def count_bound(packed, LEAST: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.constexpr):
-    """A score that at least LEAST of each row's maxima reach, and few more; [2, 2 * ROWS].
+    """A score that at least LEAST of each row's maxima reach, and few more; [2, THREADS].
 
-    packed [2, C, 2 * ROWS], each two maxima (see `pack_maxima`); LEAST <= 4 * C. Bisection from
+    packed [2, C, THREADS], each two maxima (see `pack_maxima`); LEAST <= 4 * C. Bisection from
     below may stop anywhere, the bound holds.
     """
     upper = packed & -0x10000
@@ -52,19 +52,22 @@ def count_bound(packed, LEAST: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.cons
 @triton.jit
 def tile_maxima(
     query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, KEY_DIM: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
-    STAGES: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, THREADS: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The maxima, packed, of TILE groups of keys: those of a tile every STEP keys."""
-    best = tl.full([2, TILE // 4, 2 * ROWS], float("-inf"), tl.float32)
-    for start in tl.range(first_key, end, STEP, num_stages=STAGES, disable_licm=True):
+    best = tl.full([2, TILE * ROWS // (2 * THREADS), THREADS], float("-inf"), tl.float32)
+    for start in tl.range(
+        first_key, end, STEP, num_stages=tile_stages(STAGES, KEY_DIM, BLOCK_D), disable_licm=True
+    ):
         scores = score_tile(
             query, query_ptr, query_mask, keys_ptr, keys_first, start, end, KEY_DIM, ROWS, TILE,
-            BLOCK_D, FIT, UPCAST, PRECISION,
+            THREADS, BLOCK_D, STAGES, FIT, UPCAST, PRECISION,
         )  # fmt: skip
         if FIT < 2:  # noqa: SIM102 (known to the compiler, unlike the next)
             if start + TILE > end:
-                inside = in_tile(start, end, ROWS, TILE, FIT)[None, :, :]
+                inside = in_tile(start, end, ROWS, TILE, THREADS, FIT)[None, :, :]
                 scores = tl.where(inside, scores, float("-inf"))
         best = tl.maximum(best, scores)
     return pack_maxima(best)
@@ -79,17 +82,18 @@ def beside(a, b):
 @triton.jit
 def two_maxima(
     query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, KEY_DIM: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
-    STAGES: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, THREADS: tl.constexpr, BLOCK_D: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`tile_maxima` of the tiles every STEP keys and of those next to them."""
     one = tile_maxima(
         query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, KEY_DIM, ROWS, TILE,
-        BLOCK_D, STEP, STAGES, FIT, UPCAST, PRECISION,
+        THREADS, BLOCK_D, STEP, STAGES, FIT, UPCAST, PRECISION,
     )  # fmt: skip
     other = tile_maxima(
         query, query_ptr, query_mask, keys_ptr, keys_first, first_key + TILE, end, KEY_DIM, ROWS,
-        TILE, BLOCK_D, STEP, STAGES, FIT, UPCAST, PRECISION,
+        TILE, THREADS, BLOCK_D, STEP, STAGES, FIT, UPCAST, PRECISION,
     )  # fmt: skip
     return beside(one, other)
 
@@ -97,11 +101,11 @@ def two_maxima(
 @triton.jit
 def first_look(
     query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, TOP_K: tl.constexpr,
-    KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr, PARTS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr,
-    FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, THREADS: tl.constexpr,
+    BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, SAMPLE: tl.constexpr,
+    ROUNDS: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A score that at least TOP_K of the first SAMPLE keys reach, in each row; [2, 2 * ROWS].
+    """A score that at least TOP_K of the first SAMPLE keys reach, in each row; [2, THREADS].
 
     By the maxima of PARTS * TILE >= TOP_K groups of them; PARTS is 1, 2 or 4.
     """
@@ -110,21 +114,21 @@ def first_look(
     if PARTS == 4:
         one = two_maxima(
             query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, KEY_DIM, ROWS,
-            TILE, BLOCK_D, STEP, STAGES, FIT, UPCAST, PRECISION,
+            TILE, THREADS, BLOCK_D, STEP, STAGES, FIT, UPCAST, PRECISION,
         )  # fmt: skip
         other = two_maxima(
             query, query_ptr, query_mask, keys_ptr, keys_first, first_key + 2 * TILE, end, KEY_DIM,
-            ROWS, TILE, BLOCK_D, STEP, STAGES, FIT, UPCAST, PRECISION,
+            ROWS, TILE, THREADS, BLOCK_D, STEP, STAGES, FIT, UPCAST, PRECISION,
         )  # fmt: skip
         return count_bound(beside(one, other), TOP_K, ROWS, ROUNDS)
     else:
         # Each part has its share of them: not as near a bound, but in half the registers.
         SHARE: tl.constexpr = (TOP_K + PARTS - 1) // PARTS
-        bound = tl.full([2, 2 * ROWS], float("inf"), tl.float32)
+        bound = tl.full([2, THREADS], float("inf"), tl.float32)
         for part in tl.static_range(PARTS):
             packed = tile_maxima(
                 query, query_ptr, query_mask, keys_ptr, keys_first, first_key + part * TILE, end,
-                KEY_DIM, ROWS, TILE, BLOCK_D, STEP, STAGES, FIT, UPCAST, PRECISION,
+                KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STEP, STAGES, FIT, UPCAST, PRECISION,
             )  # fmt: skip
             bound = tl.minimum(bound, count_bound(packed, SHARE, ROWS, ROUNDS))
         return bound

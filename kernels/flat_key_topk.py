@@ -56,7 +56,7 @@ def flat_key_topk_kernel(
         )  # fmt: skip
         store_best(
             list_ptr, scores_ptr, slots_ptr, first * TOP_K, num_rows, H * TOP_K, TOP_K, ROWS,
-            LOG_TOP,
+            WARPS, LOG_TOP,
         )  # fmt: skip
         tl.debug_barrier()
 

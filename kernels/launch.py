@@ -1,7 +1,7 @@
 """The shapes of the lookups and their gradients: tile sizes, warps and programs."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -145,8 +145,7 @@ class Lists:
     the lengths of a list and of its sorted part. sample, parts: keys looked at first for a bound,
     and the parts they are taken from. first_cut, growth: keys after which the lists are cut back
     to the best first, and twice the factor from one cut to the next. fit: how tiles fit the keys
-    (see `selection.tile_from`). upcast: whether to score in float32. precision: of float32
-    products.
+    (see `scoring.tile_from`). upcast: whether to score in float32. precision: of float32 products.
     """
 
     rows: int
@@ -208,24 +207,25 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
     size = 4 if upcast else query.element_size()
     on = chip(query.device)
     tile, stages, registers = 64, 1, 255
+    # Rows of a program, and of a warp: where they are eight, two warps share sixteen.
+    rows, a_warp = 128, 16
+    tall = 256 if triton.cdiv(num_tokens, 256) * heads >= on.multiprocessors else 128
 
     def whole(rows: int, stages: int) -> bool:
         return (rows + stages * tile) * block_of_dim(dim, 1 << 16) * size <= on.shared
 
     if not on.architecture.startswith("sm_"):
         rows, registers = 64, 0
-    elif on.architecture == "sm_90" and size == 2 and log_top < 7:
-        # Sixteen warps on a multiprocessor: a program of 16, or two of 8.
-        rows, registers = 128, 128
-        if triton.cdiv(num_tokens, 256) * heads >= on.multiprocessors:
-            rows, stages = 256, 2 if SHARES_MEMORY else 1
-        if not whole(256, 2) and whole(128, 1):
-            # One program takes most of shared memory, so it may have the registers.
-            rows, stages, registers = 128, 1, 255
-    else:
-        # On sm_80 two programs of 64 rows spill nothing, and are no slower than one of 128.
-        small = on.architecture == "sm_80" and size == 2 and log_top < 6 and dim <= 256
-        rows = 64 if small else 128
+    elif on.architecture == "sm_90" and size == 2:
+        registers = 128
+        if log_top < 7 and (whole(256, 2) or not whole(128, 1)):
+            rows = tall
+        # Sixteen warps on a multiprocessor, whose registers allow no more.
+        a_warp = rows // 16
+        stages = 2 if rows == 256 and SHARES_MEMORY else 1
+    elif on.architecture == "sm_80" and size == 2 and log_top < 6 and dim <= 256:
+        # Two programs of 64 rows spill nothing, and are no slower than one of 128.
+        rows = 64
     if size == 4:
         block_d = block_of_dim(dim, 64)
     elif whole(rows, stages):
@@ -233,7 +233,7 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
     else:
         # Read again for each tile, a part at a time.
         block_d = block_of_dim(dim, 256)
-        while block_d > 16 and (rows + stages * tile) * block_d * size > on.shared:
+        while block_d > 16 and stages * (rows + tile) * block_d * size > on.shared:
             block_d //= 2
     # Few of a small codebook are worth a bound, but not after many of them.
     sample = 512 if num_keys <= 512 else 1024
@@ -245,7 +245,7 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
         rows=rows,
         tile=tile,
         block_d=block_d,
-        warps=rows // 16,
+        warps=rows // a_warp,
         log_list=max(8, 1 + log2_ceil(2**log_top + tile)),
         log_top=log_top,
         stages=stages,
@@ -258,6 +258,42 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
         upcast=upcast,
         precision=float32_precision(query.device),
     )
+
+
+@dataclass(frozen=True)
+class Sums:
+    """How the best sums of two halves are found (see `pairs`).
+
+    log_pairs, log_list, log_top: of the numbers of pairs of ranks, of sums a list has room for,
+    and of its sorted part. slots: of all that a row has in memory. apart: the shape of a launch of
+    its own; None where it is the lookup's.
+    """
+
+    log_pairs: int
+    log_list: int
+    log_top: int
+    slots: int
+    apart: Lists | None
+
+
+def choose_sums(many: Lists, top_k: int, num_pairs: int) -> Sums:
+    """How to combine the halves of a lookup of this shape, for which num_pairs can matter."""
+    log_top = max(4, log2_ceil(top_k))
+    log_pairs = max(6, log_top, log2_ceil(num_pairs))
+    # Room for eight times as many as are wanted, or twice, not to take too much memory: lists are
+    # cut back when they are full, but each time takes another sorting.
+    log_list = min(log_pairs, log_top + 3 if log_top <= 8 else log_top + 1)
+    best = 2**many.log_top
+    if many.log_top < 7:
+        slots = max(2**many.log_list, 2 * best + 2**log_list) + 1
+        return Sums(log_pairs, log_list, log_top, slots, None)
+    # What the two have to keep beside each other would spill. Small programs, for one list that is
+    # too long, or not exact, makes all dearer that are sorted with it; but long lists need threads.
+    if log_top <= 8:
+        apart = replace(many, rows=32, warps=4)
+    else:
+        apart = replace(many, rows=128, warps=16, registers=min(many.registers, 128))
+    return Sums(log_pairs, log_list, log_top, 2 * best + 2**log_list + 1, apart)
 
 
 def list_programs(query: Tensor, shape: Lists) -> int:

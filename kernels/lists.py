@@ -54,7 +54,7 @@ def sort_wide(
     MOST: tl.constexpr,
 ):  # fmt: skip
     """Sort LISTS lists of no more than 2 ** LOG_SIZE, whatever they hold; MOST keys a thread."""
-    EACH: tl.constexpr = keys_each(LOG_TOP, MOST)
+    EACH: tl.constexpr = keys_each(LOG_TOP, MOST, LISTS, LOG_SIZE, WARPS)
     LANES: tl.constexpr = 2**LOG_SIZE // EACH
     TOP_LANES: tl.constexpr = 2**LOG_TOP // EACH
     LOW: tl.constexpr = lists_a_warp(LISTS, LANES)
@@ -80,10 +80,10 @@ def sort_wide(
 @triton.jit
 def sort_narrow(
     list_ptr, first_row, TOP_K: tl.constexpr, ROWS: tl.constexpr, LOG_LIST: tl.constexpr,
-    LOG_SIZE: tl.constexpr, LOG_TOP: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    LOG_SIZE: tl.constexpr, LOG_TOP: tl.constexpr, EACH: tl.constexpr, HIGH: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
     """Sort HIGH * LOW lists by narrow keys, if that is exact for all of them; whether it was."""
-    EACH: tl.constexpr = keys_each(LOG_TOP, 32)
     LANES: tl.constexpr = 2**LOG_SIZE // EACH
     TOP_LANES: tl.constexpr = 2**LOG_TOP // EACH
     row = first_row + sort_rows(HIGH, LOW)
@@ -114,13 +114,20 @@ def sort_narrow(
     return all_exact
 
 
+@triton.constexpr_function
+def most_keys(log_top):
+    """The most narrow keys of a list for a thread: those that share a rank spill sooner."""
+    return 32 if log_top < 7 else 16
+
+
 @triton.jit
 def sort_longer(
     list_ptr, first_list, TOP_K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
     LOG_LIST: tl.constexpr, LOG_LONG: tl.constexpr, LOG_TOP: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     """Sort LISTS lists as `sort_lists` does: by narrow keys up to 2 ** LOG_LONG, else by all."""
-    LANES: tl.constexpr = max(1, 2**LOG_LONG // keys_each(LOG_TOP, 32))
+    EACH: tl.constexpr = keys_each(LOG_TOP, most_keys(LOG_TOP), LISTS, LOG_LONG, WARPS)
+    LANES: tl.constexpr = max(1, 2**LOG_LONG // EACH)
     LOW: tl.constexpr = lists_a_warp(LISTS, LANES)
     HIGH: tl.constexpr = warps_of_lists(LISTS // LOW, WARPS, LANES * LOW)
     for first_row in tl.range(
@@ -130,7 +137,7 @@ def sort_longer(
         # Narrow keys of more ranks would seldom be exact.
         if LOG_LONG <= 8:
             done = sort_narrow(
-                list_ptr, first_row, TOP_K, ROWS, LOG_LIST, LOG_LONG, LOG_TOP, HIGH, LOW
+                list_ptr, first_row, TOP_K, ROWS, LOG_LIST, LOG_LONG, LOG_TOP, EACH, HIGH, LOW
             )  # fmt: skip
         if not done:
             sort_wide(
@@ -150,7 +157,8 @@ def sort_lists(
     than 2 ** LOG_SHORT, and their scores so near each other that an int32 orders them exactly, far
     cheaper to sort than an int64.
     """
-    LANES: tl.constexpr = 2**LOG_SHORT // keys_each(LOG_TOP, 32)
+    EACH: tl.constexpr = keys_each(LOG_TOP, most_keys(LOG_TOP), ROWS, LOG_SHORT, WARPS)
+    LANES: tl.constexpr = 2**LOG_SHORT // EACH
     LOW: tl.constexpr = lists_a_warp(ROWS, LANES)
     HIGH: tl.constexpr = warps_of_lists(ROWS // LOW, WARPS, LANES * LOW)
     # Of more ranks an int32 has too few bits left.
@@ -162,7 +170,8 @@ def sort_lists(
         if NARROW:  # noqa: SIM102 (known to the compiler, unlike the next)
             if done:
                 done = sort_narrow(
-                    list_ptr, first_row, TOP_K, ROWS, LOG_LIST, LOG_SHORT, LOG_TOP, HIGH, LOW
+                    list_ptr, first_row, TOP_K, ROWS, LOG_LIST, LOG_SHORT, LOG_TOP, EACH, HIGH,
+                    LOW,
                 )  # fmt: skip
         if MANY:  # noqa: SIM102
             # Their scores are often too far from each other.
@@ -173,7 +182,7 @@ def sort_lists(
                 if done:
                     sort_wide(
                         list_ptr, first_row, TOP_K, ROWS, WARPS, LOG_LIST, LOG_SHORT, LOG_TOP,
-                        HIGH * LOW, 32 if LOG_TOP < 9 else 16,
+                        HIGH * LOW, 16,
                     )  # fmt: skip
         if not MANY or LOG_SHORT < LOG_LIST:  # noqa: SIM102
             if not done:
@@ -184,21 +193,21 @@ def sort_lists(
 
 
 @triton.constexpr_function
-def rows_at_once(rows, log_top):
-    """How many of `rows` lists to copy at once: what moves between threads takes shared memory."""
-    return min(rows, 2 ** (13 - log_top))
+def rows_at_once(rows, log_top, warps):
+    """How many of `rows` lists to copy at once: a thread has registers for 16 entries."""
+    return max(1, min(rows, 2 ** (13 - log_top), 512 * warps // 2**log_top))
 
 
 @triton.jit
 def store_best(
     list_ptr, scores_ptr, slots_ptr, first, num_rows, STRIDE: tl.constexpr, TOP_K: tl.constexpr,
-    ROWS: tl.constexpr, LOG_TOP: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, LOG_TOP: tl.constexpr,
 ):  # fmt: skip
     """Copy the TOP_K entries each list starts with: rank a of row r to first + r * STRIDE + a.
 
     A NaN among a row's scores came first, and makes NaN of them all.
     """
-    SOME: tl.constexpr = rows_at_once(ROWS, LOG_TOP)
+    SOME: tl.constexpr = rows_at_once(ROWS, LOG_TOP, WARPS)
     rank = tl.arange(0, 2**LOG_TOP)[None, :]
     for first_row in tl.range(0, ROWS, SOME, num_stages=1):
         row = first_row + tl.arange(0, SOME)[:, None]
@@ -214,10 +223,10 @@ def store_best(
 @triton.jit
 def load_best(
     list_ptr, scores_ptr, slots_ptr, first, num_rows, STRIDE: tl.constexpr, TOP_K: tl.constexpr,
-    ROWS: tl.constexpr, LOG_TOP: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, LOG_TOP: tl.constexpr,
 ):  # fmt: skip
     """Undo `store_best`."""
-    SOME: tl.constexpr = rows_at_once(ROWS, LOG_TOP)
+    SOME: tl.constexpr = rows_at_once(ROWS, LOG_TOP, WARPS)
     rank = tl.arange(0, 2**LOG_TOP)[None, :]
     for first_row in tl.range(0, ROWS, SOME, num_stages=1):
         row = first_row + tl.arange(0, SOME)[:, None]

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from .entries import index_of, narrow_key, narrow_rank, narrow_score, ordered, score_of
-from .lists import load_bits, rows_at_once, sort_lists, store_head
+from .lists import load_bits, rows_at_once
 from .scoring import thread_columns, thread_rows
-from .selection import append
+from .selection import append, cut_lists
 from .sorting import keys_each, lists_a_warp, sort_rows, sort_top, warps_of_lists
 
 
@@ -122,56 +122,96 @@ def combine_narrow(
 
 
 @triton.jit
+def spoilt_rows(first_ptr, second_ptr, row):
+    """Whether a NaN is among a half's scores; it came first there, and makes NaN of all sums."""
+    a = score_of(tl.load(first_ptr + row))
+    b = score_of(tl.load(second_ptr + row))
+    return (a != a) | (b != b)
+
+
+@triton.jit
 def sum_tile(
-    first_ptr, second_ptr, pairs_ptr, spoilt, start, ROWS: tl.constexpr, TILE: tl.constexpr
-):
-    """The sums of TILE pairs from start on, in thread form; those of no pair are -inf."""
-    row = thread_rows(ROWS)[:, None, :]
-    pair = tl.load(pairs_ptr + start + thread_columns(ROWS, TILE))[None, :, :]
+    first_ptr, second_ptr, pairs_ptr, spoilt, start, ROWS: tl.constexpr, TILE: tl.constexpr,
+    THREADS: tl.constexpr,
+):  # fmt: skip
+    """The sums of TILE pairs from start on, in thread form; NaN of no pair, which is not appended.
+
+    However bad a sum is, nothing that is none may stand in its stead.
+    """
+    row = thread_rows(ROWS, THREADS)[:, None, :]
+    pair = tl.load(pairs_ptr + start + thread_columns(ROWS, TILE, THREADS))[None, :, :]
     a, b = load_pair(first_ptr, second_ptr, pair, row, pair >= 0, ROWS)
     # Where infinities of both signs meet, the slot is ruled out.
     total = tl.where(a + b != a + b, float("-inf"), a + b)
-    total = tl.where(spoilt, float("nan"), total)
-    # Even if appended, the last of all: k pairs there are.
-    return tl.where(pair < 0, float("-inf"), total)
+    # To be appended, whatever the bound.
+    total = tl.where(spoilt, float("inf"), total)
+    return tl.where(pair < 0, float("nan"), total)
+
+
+@triton.jit
+def append_sums(
+    first_ptr, second_ptr, list_ptr, pairs_ptr, spoilt, bound, count, start, stop, num_pairs,
+    ROWS: tl.constexpr, TILE: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Append the sums of the pairs start .. stop that reach the bound; the new lengths."""
+    for tile in tl.range(start, stop, TILE, num_stages=1):
+        total = sum_tile(first_ptr, second_ptr, pairs_ptr, spoilt, tile, ROWS, TILE, THREADS)
+        count = append(total, tile, num_pairs, bound, count, list_ptr, ROWS, TILE, 2, False)
+    return count
 
 
 @triton.jit
 def combine_by_lists(
     first_ptr, second_ptr, list_ptr, pairs_ptr, scores_ptr, slots_ptr, place, num_rows,
     num_subkeys, num_pairs, STRIDE: tl.constexpr, TOP_K: tl.constexpr, HALF_K: tl.constexpr,
-    ROWS: tl.constexpr, WARPS: tl.constexpr, LOG_PAIRS: tl.constexpr, LOG_HALF_TOP: tl.constexpr,
-    LOG_TOP: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr, LOG_PAIRS: tl.constexpr, LOG_SUMS: tl.constexpr,
+    LOG_HALF_TOP: tl.constexpr, LOG_TOP: tl.constexpr,
 ):  # fmt: skip
     """Combine all rows, whatever they hold: list what reaches the bound, and sort the lists."""
     TILE: tl.constexpr = 32
-    row = thread_rows(ROWS)
+    THREADS: tl.constexpr = 32 * WARPS
+    row = thread_rows(ROWS, THREADS)
     bound = sums_bound(first_ptr, second_ptr, row, TOP_K, HALF_K, ROWS, LOG_HALF_TOP)
     bound = tl.where(row < num_rows, bound, float("inf"))
-    # A NaN among a half's scores comes first there, and makes NaN of all sums.
-    best_a = score_of(tl.load(first_ptr + row))
-    best_b = score_of(tl.load(second_ptr + row))
-    spoilt = ((best_a != best_a) | (best_b != best_b))[:, None, :]
-    count = tl.zeros([2, 2 * ROWS], tl.int32)
-    for start in tl.range(0, num_pairs, TILE, num_stages=1):
-        total = sum_tile(first_ptr, second_ptr, pairs_ptr, spoilt, start, ROWS, TILE)
-        count = append(total, start, num_pairs, bound, count, list_ptr, ROWS, TILE, 2)
-    store_head(list_ptr, bound, count, row, ROWS, LOG_PAIRS)
-    tl.debug_barrier()
+    spoilt = spoilt_rows(first_ptr, second_ptr, row)[:, None, :]
+    count = tl.zeros([2, THREADS], tl.int32)
     # The more are wanted, the more sums reach the bound; beyond 256 registers do not suffice.
     MOST: tl.constexpr = LOG_TOP + (2 if LOG_TOP == 7 or LOG_TOP == 8 else 1)
-    LOG_SHORT: tl.constexpr = min(LOG_PAIRS, max(6, MOST))
-    sort_lists(list_ptr, tl.max(count), TOP_K, ROWS, WARPS, LOG_PAIRS, LOG_SHORT, LOG_TOP)
-    tl.debug_barrier()
-    LISTS: tl.constexpr = rows_at_once(min(ROWS, 32), LOG_TOP)
+    LOG_SHORT: tl.constexpr = min(LOG_SUMS, max(6, MOST))
+    if LOG_SUMS < LOG_PAIRS:
+        longest = 0
+        start = 0
+        while start < num_pairs:
+            # As far as no list can overflow.
+            stop = tl.minimum(num_pairs, start + (2**LOG_SUMS - longest) // TILE * TILE)
+            count = append_sums(
+                first_ptr, second_ptr, list_ptr, pairs_ptr, spoilt, bound, count, start, stop,
+                num_pairs, ROWS, TILE, THREADS,
+            )  # fmt: skip
+            start = stop
+            longest = tl.max(count)
+            if (start >= num_pairs) | (longest > 2**LOG_SUMS - TILE):
+                bound, count = cut_lists(
+                    list_ptr, bound, count, TOP_K, ROWS, WARPS, LOG_SUMS, LOG_SHORT, LOG_TOP
+                )  # fmt: skip
+                longest = TOP_K
+    else:
+        count = append_sums(
+            first_ptr, second_ptr, list_ptr, pairs_ptr, spoilt, bound, count, 0, num_pairs,
+            num_pairs, ROWS, TILE, THREADS,
+        )  # fmt: skip
+        cut_lists(list_ptr, bound, count, TOP_K, ROWS, WARPS, LOG_SUMS, LOG_SHORT, LOG_TOP)
+    LISTS: tl.constexpr = rows_at_once(min(ROWS, 32), LOG_TOP, WARPS)
     rank = tl.arange(0, 2**LOG_TOP)[None, :]
     for first_row in tl.range(0, ROWS, LISTS, num_stages=1):
         list_row = first_row + tl.arange(0, LISTS)[:, None]
         mask = (list_row < num_rows) & (rank < TOP_K)
         entry = tl.load(list_ptr + rank * ROWS + list_row, mask=mask, other=0)
         chosen = tl.load(pairs_ptr + index_of(entry), mask=mask, other=0)
+        nan = spoilt_rows(first_ptr, second_ptr, list_row)
+        score = tl.where(nan, float("nan"), score_of(entry))
         store_sums(
-            scores_ptr, slots_ptr, score_of(entry), chosen, first_ptr, second_ptr, place,
+            scores_ptr, slots_ptr, score, chosen, first_ptr, second_ptr, place,
             first_row, num_rows, num_subkeys, STRIDE, TOP_K, ROWS,
         )  # fmt: skip
 
@@ -180,18 +220,18 @@ def combine_by_lists(
 def combine(
     first_ptr,  # [k', ROWS], the best of the first half, in order
     second_ptr,  # [k', ROWS]
-    list_ptr,  # [2 ** LOG_PAIRS + 1, ROWS]
+    list_ptr,  # [2 ** LOG_SUMS + 1, ROWS]
     pairs_ptr,  # [2 ** LOG_PAIRS]
     scores_ptr,  # [T, H, k]
     slots_ptr,  # [T, H, k]
     place, num_rows, num_subkeys, num_pairs, STRIDE: tl.constexpr, TOP_K: tl.constexpr,
     HALF_K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, LOG_PAIRS: tl.constexpr,
-    LOG_HALF_TOP: tl.constexpr, LOG_TOP: tl.constexpr,
+    LOG_SUMS: tl.constexpr, LOG_HALF_TOP: tl.constexpr, LOG_TOP: tl.constexpr,
 ):  # fmt: skip
     """Write the TOP_K best sums of an entry of each half, for every row."""
     exact = False
     if LOG_PAIRS <= 7:
-        EACH: tl.constexpr = keys_each(LOG_TOP, 32)
+        EACH: tl.constexpr = keys_each(LOG_TOP, 32, ROWS, LOG_PAIRS, WARPS)
         LANES: tl.constexpr = 2**LOG_PAIRS // EACH
         LOW: tl.constexpr = lists_a_warp(ROWS, LANES)
         HIGH: tl.constexpr = warps_of_lists(ROWS // LOW, WARPS, LANES * LOW)
@@ -205,6 +245,6 @@ def combine(
     if not exact:
         combine_by_lists(
             first_ptr, second_ptr, list_ptr, pairs_ptr, scores_ptr, slots_ptr, place, num_rows,
-            num_subkeys, num_pairs, STRIDE, TOP_K, HALF_K, ROWS, WARPS, LOG_PAIRS, LOG_HALF_TOP,
-            LOG_TOP,
+            num_subkeys, num_pairs, STRIDE, TOP_K, HALF_K, ROWS, WARPS, LOG_PAIRS, LOG_SUMS,
+            LOG_HALF_TOP, LOG_TOP,
         )  # fmt: skip

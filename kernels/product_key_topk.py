@@ -12,7 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .entries import bits_of, ordered_pair
-from .launch import MAX_PAIRS, choose_lists, choose_splits, list_programs, log2_ceil
+from .flat_key_topk import flat_key_topk, flat_key_topk_bytes
+from .launch import (
+    MAX_PAIRS,
+    Lists,
+    Sums,
+    choose_lists,
+    choose_splits,
+    choose_sums,
+    list_programs,
+    log2_ceil,
+)
 from .lists import load_best, store_best
 from .lookup_bytes import list_bytes_at_most, select_bytes, sort_bytes_at_most, split_bytes
 from .pairs import combine, rank_pairs, store_rank_pairs
@@ -26,18 +36,17 @@ def product_key_topk_kernel(
     subkeys_ptr,  # [H, 2, N, D]
     scores_ptr,  # [T, H, k]
     slots_ptr,  # [T, H, k]
-    list_ptr,  # [programs, ...], entries
+    list_ptr,  # [programs, SLOTS * ROWS + 2 ** (LOG_PAIRS - 1)], entries and pairs of ranks
     num_tokens, num_subkeys, num_pairs, TOP_K: tl.constexpr, HALF_K: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, LOG_LIST: tl.constexpr,
-    LOG_PAIRS: tl.constexpr, LOG_HALF_TOP: tl.constexpr, LOG_TOP: tl.constexpr,
-    PARTS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr,
-    GROWTH: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, SLOTS: tl.constexpr,
+    LOG_LIST: tl.constexpr, LOG_PAIRS: tl.constexpr, LOG_SUMS: tl.constexpr,
+    LOG_HALF_TOP: tl.constexpr, LOG_TOP: tl.constexpr, PARTS: tl.constexpr, SAMPLE: tl.constexpr,
+    ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr, GROWTH: tl.constexpr, FIT: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS tokens of one head at a time, and its lists."""
-    # Slots: of a half's list, or of both halves' best and of a list of their sums.
-    TOP: tl.constexpr = 2**LOG_HALF_TOP
-    SLOTS: tl.constexpr = max(2**LOG_LIST, 2 * TOP + 2**LOG_PAIRS) + 1
+    BEST: tl.constexpr = 2**LOG_HALF_TOP * ROWS
     list_ptr += tl.program_id(0).to(tl.int64) * (ROWS * SLOTS + 2 ** (LOG_PAIRS - 1))
     pairs_ptr = (list_ptr + ROWS * SLOTS).to(tl.pointer_type(tl.int32))
     store_rank_pairs(pairs_ptr, TOP_K, HALF_K, LOG_PAIRS)
@@ -59,26 +68,68 @@ def product_key_topk_kernel(
             rows_ptr = query_ptr + (((first * 2 + half) * D + row.to(tl.int64) * (2 * D * H)) + d)
             book = tl.cast(head * 2 + half, tl.int64) * num_subkeys * D
             select(
-                rows_ptr, num_rows, subkeys_ptr, book, list_ptr, 0, num_subkeys, HALF_K, D,
-                ROWS, TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_HALF_TOP, PARTS, SAMPLE, ROUNDS,
-                FIRST_CUT, GROWTH, FIT, UPCAST, PRECISION,
+                rows_ptr, num_rows, subkeys_ptr, book, list_ptr, 0,
+                num_subkeys, HALF_K, D, ROWS, TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_HALF_TOP,
+                PARTS, SAMPLE, ROUNDS, FIRST_CUT, GROWTH, FIT, UPCAST, PRECISION,
             )  # fmt: skip
             if half == 0:
                 # Where the result will be written, so that it takes no memory of its own.
                 store_best(
                     list_ptr, scores_ptr, slots_ptr, first * TOP_K, num_rows, H * TOP_K, HALF_K,
-                    ROWS, LOG_HALF_TOP,
+                    ROWS, WARPS, LOG_HALF_TOP,
                 )  # fmt: skip
                 tl.debug_barrier()
         load_best(
-            list_ptr + TOP * ROWS, scores_ptr, slots_ptr, first * TOP_K, num_rows, H * TOP_K,
-            HALF_K, ROWS, LOG_HALF_TOP,
+            list_ptr + BEST, scores_ptr, slots_ptr, first * TOP_K, num_rows, H * TOP_K, HALF_K,
+            ROWS, WARPS, LOG_HALF_TOP,
         )  # fmt: skip
         tl.debug_barrier()
         combine(
-            list_ptr + TOP * ROWS, list_ptr, list_ptr + 2 * TOP * ROWS, pairs_ptr, scores_ptr,
-            slots_ptr, first * TOP_K, num_rows, num_subkeys, num_pairs, H * TOP_K, TOP_K, HALF_K,
-            ROWS, WARPS, LOG_PAIRS, LOG_HALF_TOP, LOG_TOP,
+            list_ptr + BEST, list_ptr, list_ptr + 2 * BEST, pairs_ptr, scores_ptr, slots_ptr,
+            first * TOP_K, num_rows, num_subkeys, num_pairs, H * TOP_K, TOP_K, HALF_K, ROWS, WARPS,
+            LOG_PAIRS, LOG_SUMS, LOG_HALF_TOP, LOG_TOP,
+        )  # fmt: skip
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def combine_halves_kernel(
+    half_scores_ptr,  # [T, H, 2, k']
+    half_slots_ptr,  # [T, H, 2, k']
+    scores_ptr,  # [T, H, k]
+    slots_ptr,  # [T, H, k]
+    list_ptr,  # [programs, SLOTS * ROWS + 2 ** (LOG_PAIRS - 1)], entries and pairs of ranks
+    num_tokens, num_subkeys, num_pairs, TOP_K: tl.constexpr, HALF_K: tl.constexpr,
+    H: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, SLOTS: tl.constexpr,
+    LOG_PAIRS: tl.constexpr, LOG_SUMS: tl.constexpr, LOG_HALF_TOP: tl.constexpr,
+    LOG_TOP: tl.constexpr,
+):  # fmt: skip
+    """A program owns ROWS tokens of one head at a time, and its lists."""
+    BEST: tl.constexpr = 2**LOG_HALF_TOP * ROWS
+    list_ptr += tl.program_id(0).to(tl.int64) * (ROWS * SLOTS + 2 ** (LOG_PAIRS - 1))
+    pairs_ptr = (list_ptr + ROWS * SLOTS).to(tl.pointer_type(tl.int32))
+    store_rank_pairs(pairs_ptr, TOP_K, HALF_K, LOG_PAIRS)
+    for block in tl.range(
+        tl.program_id(0),
+        tl.cdiv(num_tokens, ROWS) * H,
+        tl.num_programs(0),
+        num_stages=1,
+        disable_licm=True,
+    ):
+        token = block // H * ROWS
+        num_rows = num_tokens - token
+        first = tl.cast(token, tl.int64) * H + block % H
+        for half in tl.range(2, num_stages=1, disable_licm=True):
+            load_best(
+                list_ptr + half * BEST, half_scores_ptr, half_slots_ptr,
+                (first * 2 + half) * HALF_K, num_rows, 2 * H * HALF_K, HALF_K, ROWS, WARPS,
+                LOG_HALF_TOP,
+            )  # fmt: skip
+        tl.debug_barrier()
+        combine(
+            list_ptr, list_ptr + BEST, list_ptr + 2 * BEST, pairs_ptr, scores_ptr, slots_ptr,
+            first * TOP_K, num_rows, num_subkeys, num_pairs, H * TOP_K, TOP_K, HALF_K, ROWS, WARPS,
+            LOG_PAIRS, LOG_SUMS, LOG_HALF_TOP, LOG_TOP,
         )  # fmt: skip
         tl.debug_barrier()
 
@@ -162,18 +213,32 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
         )  # fmt: skip
         return scores, slots
     many = choose_lists(query, books, per_half)
-    programs = list_programs(query, many)
-    num_slots = max(2**many.log_list, 2 * 2**many.log_top + 2**log_pairs) + 1
-    size = num_slots * many.rows + 2 ** (log_pairs - 1)
-    lists = query.new_empty(programs, size, dtype=torch.int64)
-    constants = many.constants()
-    constants["LOG_HALF_TOP"] = constants["LOG_TOP"]
-    constants["LOG_TOP"] = log_top
-    product_key_topk_kernel[(programs,)](
-        query, subkeys, scores, slots, lists, num_tokens, num_subkeys, num_pairs, TOP_K=top_k,
-        HALF_K=per_half, H=heads, D=half_dim, LOG_PAIRS=log_pairs, **constants, **many.options(),
+    sums = choose_sums(many, top_k, num_pairs)
+    constants: dict[str, object] = {
+        "TOP_K": top_k, "HALF_K": per_half, "H": heads, "LOG_PAIRS": sums.log_pairs,
+        "LOG_SUMS": sums.log_list, "LOG_HALF_TOP": many.log_top, "LOG_TOP": sums.log_top,
+    }  # fmt: skip
+    if sums.apart is None:
+        lists = new_lists(query, many, sums)
+        product_key_topk_kernel[(len(lists),)](
+            query, subkeys, scores, slots, lists, num_tokens, num_subkeys, num_pairs, D=half_dim,
+            SLOTS=sums.slots, **many.constants() | constants, **many.options(),
+        )  # fmt: skip
+        return scores, slots
+    half_scores, half_slots = flat_key_topk(halves, books, per_half)
+    lists = new_lists(query, sums.apart, sums)
+    combine_halves_kernel[(len(lists),)](
+        half_scores, half_slots, scores, slots, lists, num_tokens, num_subkeys, num_pairs,
+        ROWS=sums.apart.rows, WARPS=sums.apart.warps, SLOTS=sums.slots, **constants,
+        **sums.apart.options(),
     )  # fmt: skip
     return scores, slots
+
+
+def new_lists(query: Tensor, shape: Lists, sums: Sums) -> Tensor:
+    """Memory for the lists and the pairs of ranks of each program, [programs, entries]."""
+    size = sums.slots * shape.rows + 2 ** (sums.log_pairs - 1)
+    return query.new_empty(list_programs(query, shape), size, dtype=torch.int64)
 
 
 def product_key_topk_bytes(query: Tensor, subkeys: Tensor, top_k: int) -> dict[str, int]:
@@ -194,25 +259,47 @@ def product_key_topk_bytes(query: Tensor, subkeys: Tensor, top_k: int) -> dict[s
         moved = split_bytes(few, num_tokens, 2 * heads, num_subkeys, half_dim, sizes)
         return moved | {"scores": result, "slots": result}
     many = choose_lists(query, books, per_half)
+    num_pairs = count_pairs(top_k, per_half)
+    sums = choose_sums(many, top_k, num_pairs)
+    if sums.apart is not None:
+        moved = flat_key_topk_bytes(halves, books, per_half)
+        # Written by one launch, and read by the next.
+        halves_best = moved["scores"]
+        lists = combine_bytes_at_most(query, sums.apart, sums, top_k, num_pairs)
+        return moved | {
+            "halves": 2 * halves_best,
+            "scores": halves_best + result,
+            "slots": halves_best + result,
+            "lists": moved["lists"] + lists,
+        }
     moved = select_bytes(many, num_tokens, 2 * heads, num_subkeys, half_dim, sizes)
     # The first half's best wait there.
     waiting = 2 * 4 * num_tokens * heads * per_half
-    num_pairs = count_pairs(top_k, per_half)
-    log_top = max(4, log2_ceil(top_k))
-    pairs = 2 ** max(6, log_top, log2_ceil(num_pairs))
-    # The halves' best, once in order; then bounds, the pairs of ranks, their scores and sums, by
-    # narrow keys and once more by lists; and the best sums.
-    a_row = (
-        2 * list_bytes_at_most(many, num_subkeys, per_half) + 32 * 2**many.log_top
-        + 80 * (many.log_top + 2) + 36 * pairs + sort_bytes_at_most(pairs, log_top)
-        + 56 * 2**log_top
-    )  # fmt: skip
     rows = triton.cdiv(num_tokens, many.rows) * many.rows * heads
+    lists = 2 * rows * list_bytes_at_most(many, num_subkeys, per_half)
     return moved | {
         "scores": waiting + result,
         "slots": waiting + result,
-        "lists": rows * a_row + 4 * pairs * list_programs(query, many),
+        "lists": lists + combine_bytes_at_most(query, many, sums, top_k, num_pairs),
     }
+
+
+def combine_bytes_at_most(
+    query: Tensor, shape: Lists, sums: Sums, top_k: int, num_pairs: int
+) -> int:
+    """The most that `pairs.combine` moves of the lists, of all rows."""
+    pairs = 2**sums.log_pairs
+    # Sorted at the end, and each time that so many were seen that a list may be full.
+    room = 2**sums.log_list - 32 - top_k
+    sorts = 1 if sums.log_list == sums.log_pairs else 1 + num_pairs // room
+    # The halves' best, once in order; then bounds, the pairs of ranks, their scores and sums, by
+    # narrow keys and once more by lists; and the best sums.
+    a_row = (
+        32 * 2**shape.log_top + 80 * (shape.log_top + 2) + 36 * pairs
+        + sorts * (sort_bytes_at_most(2**sums.log_list, sums.log_top) + 32) + 56 * 2**sums.log_top
+    )  # fmt: skip
+    rows = triton.cdiv(query.shape[0], shape.rows) * shape.rows * query.shape[1]
+    return rows * a_row + 4 * pairs * list_programs(query, shape)
 
 
 def shipped_configurations() -> dict[str, Callable[[], object]]:

@@ -13,12 +13,20 @@ import triton.language as tl
 from .bounds import first_look
 from .entries import score_of
 from .lists import sort_lists, store_head
-from .scoring import in_tile, score_tile, thread_columns, thread_rows, threads_before, tile_from
+from .scoring import (
+    in_tile,
+    score_tile,
+    thread_columns,
+    thread_rows,
+    threads_before,
+    tile_from,
+    tile_stages,
+)
 
 
 @triton.jit
 def append_rows(scores, index, keep, count, row, list_ptr, ROWS: tl.constexpr):
-    """Append scores [C, 2 * ROWS], one row a thread, where keep; count, row [2 * ROWS]."""
+    """Append scores [C, THREADS], one row a thread, where keep; count, row [THREADS]."""
     # In units of a slot's size, to spare a multiplication for each score.
     kept = tl.where(keep, ROWS, 0)
     before, total = threads_before(tl.sum(kept, 0), ROWS)
@@ -33,26 +41,47 @@ def append_rows(scores, index, keep, count, row, list_ptr, ROWS: tl.constexpr):
 @triton.jit
 def append(
     scores, start, end, bound, count, list_ptr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    FIT: tl.constexpr,
+    FIT: tl.constexpr, WITH_NAN: tl.constexpr,
 ):  # fmt: skip
     """Append the scores that reach their rows' bounds to the rows' lists; the new lengths.
 
-    scores [2, TILE / 4, 2 * ROWS], of the tile of keys start .. end; bound, count [2, 2 * ROWS].
+    scores [2, C, THREADS], of the tile of keys start .. end; bound, count [2, THREADS].
     """
+    THREADS: tl.constexpr = count.shape[1]
     scores_0, scores_1 = tl.split(tl.permute(scores, (1, 2, 0)))
     bound_0, bound_1 = tl.split(tl.permute(bound, (1, 0)))
     count_0, count_1 = tl.split(tl.permute(count, (1, 0)))
-    row_0, row_1 = tl.split(tl.permute(thread_rows(ROWS), (1, 0)))
-    index = tile_from(start, end, TILE, FIT) + thread_columns(ROWS, TILE)
-    # NaN is appended, too.
-    keep_0 = ~(scores_0 < bound_0[None, :])
-    keep_1 = ~(scores_1 < bound_1[None, :])
+    row_0, row_1 = tl.split(tl.permute(thread_rows(ROWS, THREADS), (1, 0)))
+    index = tile_from(start, end, TILE, FIT) + thread_columns(ROWS, TILE, THREADS)
+    if WITH_NAN:
+        keep_0 = ~(scores_0 < bound_0[None, :])
+        keep_1 = ~(scores_1 < bound_1[None, :])
+    else:
+        keep_0 = scores_0 >= bound_0[None, :]
+        keep_1 = scores_1 >= bound_1[None, :]
     if FIT < 2:
-        keep_0 &= in_tile(start, end, ROWS, TILE, FIT)
-        keep_1 &= in_tile(start, end, ROWS, TILE, FIT)
+        keep_0 &= in_tile(start, end, ROWS, TILE, THREADS, FIT)
+        keep_1 &= in_tile(start, end, ROWS, TILE, THREADS, FIT)
     count_0 = append_rows(scores_0, index, keep_0, count_0, row_0, list_ptr, ROWS)
     count_1 = append_rows(scores_1, index, keep_1, count_1, row_1, list_ptr, ROWS)
     return tl.permute(tl.join(count_0, count_1), (1, 0))
+
+
+@triton.jit
+def cut_lists(
+    list_ptr, bound, count, TOP_K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    LOG_LIST: tl.constexpr, LOG_SHORT: tl.constexpr, LOG_TOP: tl.constexpr,
+):  # fmt: skip
+    """Sort the lists and cut them back to the TOP_K best; the better bounds, the new lengths."""
+    row = thread_rows(ROWS, 32 * WARPS)
+    store_head(list_ptr, bound, count, row, ROWS, LOG_LIST)
+    tl.debug_barrier()
+    sort_lists(list_ptr, tl.max(count), TOP_K, ROWS, WARPS, LOG_LIST, LOG_SHORT, LOG_TOP)
+    tl.debug_barrier()
+    last = score_of(tl.load(list_ptr + (TOP_K - 1) * ROWS + row))
+    # NaN is no bound.
+    bound = tl.where(count >= TOP_K, tl.maximum(bound, last), bound)
+    return bound, tl.minimum(count, TOP_K)
 
 
 @triton.jit
@@ -69,8 +98,7 @@ def select(
     keys_ptr [end, KEY_DIM].
     """
     LIST: tl.constexpr = 2**LOG_LIST
-    # Rows past the last token append nothing.
-    bound = tl.where(thread_rows(ROWS) < num_rows, float("-inf"), float("inf"))
+    THREADS: tl.constexpr = 32 * WARPS
     d = tl.arange(0, BLOCK_D)[None, :]
     query_mask = tl.arange(0, ROWS)[:, None] < num_rows
     # What does not fit is read tile by tile instead.
@@ -78,15 +106,17 @@ def select(
     query = tl.load(query_ptr, mask=query_inside, other=0.0)
     if UPCAST:
         query = query.to(tl.float32)
+    bound = tl.full([2, THREADS], float("-inf"), tl.float32)
     if PARTS > 0:
         # Scoring some keys twice costs less than appending, and sorting, what a later bound would
         # have ruled out.
-        look = first_look(
+        bound = first_look(
             query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, TOP_K, KEY_DIM,
-            ROWS, TILE, BLOCK_D, STAGES, PARTS, SAMPLE, ROUNDS, FIT, UPCAST, PRECISION,
+            ROWS, TILE, THREADS, BLOCK_D, STAGES, PARTS, SAMPLE, ROUNDS, FIT, UPCAST, PRECISION,
         )  # fmt: skip
-        bound = tl.maximum(bound, look)
-    count = tl.zeros([2, 2 * ROWS], tl.int32)
+    # Rows past the last token append nothing.
+    bound = tl.where(thread_rows(ROWS, THREADS) < num_rows, bound, float("inf"))
+    count = tl.zeros([2, THREADS], tl.int32)
     longest = 0
     start = first_key
     # Where lists are cut back to the best so far, for a better bound.
@@ -95,25 +125,21 @@ def select(
         # As far as no list can overflow.
         room = (LIST - longest) // TILE * TILE
         stop = tl.minimum(tl.minimum(end, cut), start + room)
-        for tile_start in tl.range(start, stop, TILE, num_stages=STAGES, disable_licm=True):
+        for tile_start in tl.range(
+            start, stop, TILE, num_stages=tile_stages(STAGES, KEY_DIM, BLOCK_D), disable_licm=True
+        ):
             scores = score_tile(
                 query, query_ptr, query_mask, keys_ptr, keys_first, tile_start, end, KEY_DIM, ROWS,
-                TILE, BLOCK_D, FIT, UPCAST, PRECISION,
+                TILE, THREADS, BLOCK_D, STAGES, FIT, UPCAST, PRECISION,
             )  # fmt: skip
             count = append(
-                scores, tile_start, end, bound, count, list_ptr, ROWS, TILE, FIT
+                scores, tile_start, end, bound, count, list_ptr, ROWS, TILE, FIT, True
             )  # fmt: skip
         start = stop
         longest = tl.max(count)
         if (start >= tl.minimum(end, cut)) | (longest > LIST - TILE):
-            store_head(list_ptr, bound, count, thread_rows(ROWS), ROWS, LOG_LIST)
-            tl.debug_barrier()
-            LOG_SHORT: tl.constexpr = max(6, LOG_TOP + 1)
-            sort_lists(list_ptr, longest, TOP_K, ROWS, WARPS, LOG_LIST, LOG_SHORT, LOG_TOP)
-            tl.debug_barrier()
-            if start < end:
-                last = tl.load(list_ptr + (TOP_K - 1) * ROWS + thread_rows(ROWS))
-                bound = tl.where(count >= TOP_K, tl.maximum(bound, score_of(last)), bound)
-                count = tl.minimum(count, TOP_K)
-                longest = TOP_K
-                cut = first_key + (start - first_key) * GROWTH // (2 * TILE) * TILE
+            bound, count = cut_lists(
+                list_ptr, bound, count, TOP_K, ROWS, WARPS, LOG_LIST, max(6, LOG_TOP + 1), LOG_TOP
+            )  # fmt: skip
+            longest = TOP_K
+            cut = first_key + (start - first_key) * GROWTH // (2 * TILE) * TILE

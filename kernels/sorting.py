@@ -10,9 +10,12 @@ import triton.language as tl
 
 
 @triton.constexpr_function
-def keys_each(log_top, most):
-    """The keys of a list in a thread: a sorted run, if that is not more than `most`."""
-    return min(most, 2**log_top)
+def keys_each(log_top, most, lists, log_size, warps):
+    """How many keys of a list to give a thread, of `lists` lists of 2 ** log_size.
+
+    A sorted run, if that is not more than `most` and leaves no thread idle.
+    """
+    return max(1, min(most, 2**log_top, lists * 2**log_size // (32 * warps)))
 
 
 @triton.constexpr_function

@@ -21,6 +21,7 @@ ARGUMENTS = {
     "query": ("query_ptr",),
     "keys": ("keys_ptr", "subkeys_ptr"),
     "part": ("part_ptr",),
+    "halves": ("half_scores_ptr", "half_slots_ptr"),
     "scores": ("scores_ptr",),
     "slots": ("slots_ptr",),
     "lists": ("list_ptr",),
@@ -50,6 +51,8 @@ PRODUCT_CASES = [
     (17, 1, 256, 130, 9, torch.bfloat16),
     (130, 1, 32, 128, 40, torch.float16),
     (2, 1, 16, 1100, 5, torch.float32),
+    (40, 2, 16, 200, 70, torch.float32),
+    (3, 1, 32, 400, 300, torch.bfloat16),
 ]
 
 

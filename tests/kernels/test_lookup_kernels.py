@@ -73,6 +73,38 @@ def test_product_is_exact(case, path, device, guard):
     assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
 
 
+@pytest.mark.parametrize("top_k", [5, 40, 70])
+def test_warps_that_share_rows_are_exact(top_k, monkeypatch, device, guard):
+    product = importlib.import_module("pkm_triton.kernels.product_key_topk")
+    flat = importlib.import_module("pkm_triton.kernels.flat_key_topk")
+    chosen, chip = launch.choose_lists, launch.chip
+
+    def choose(*args):
+        shape = chosen(*args)
+        return dataclasses.replace(shape, rows=8 * shape.warps)
+
+    for module in (product, flat):
+        monkeypatch.setattr(module, "choose_lists", choose)
+    monkeypatch.setattr(
+        launch, "chip", lambda device: dataclasses.replace(chip(device), multiprocessors=2)
+    )
+    query = small_integers(90, 1, 16, device=device)
+    subkeys = small_integers(1, 2, 200, 8, device=device)
+    scores, slots = kernels.product_key_topk(query, subkeys, top_k)
+    assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("place", ["query", "keys"])
+def test_infinite_elements_score_as_in_pytorch(place, path, device, guard):
+    query = torch.tensor([[1.0, 0.5], [1 / 3, -3.0]]).view(2, 1, 2)
+    keys = torch.tensor([[1.0, 2.0], [-1 / 3, 4.0], [7.0, 1 / 7]]).view(1, 3, 2)
+    (query if place == "query" else keys)[0, 0, 0] = torch.inf
+    scores, _ = kernels.flat_key_topk(query.to(device), keys.to(device), 3)
+    expected = torch.einsum("thd,hkd->thk", query, keys).sort(-1, descending=True).values
+    torch.testing.assert_close(scores.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", FLAT_CASES, ids=lambda c: "-".join(map(identify, c)))
 def test_flat_is_exact(case, path, device, guard):
     num_tokens, heads, width, num_keys, top_k, query_dtype, key_dtype = case

@@ -116,6 +116,18 @@ def check_flat_of_equal_scores(mutant):
     assert_selects_exactly(scores, slots, torch.zeros(1, 1, 300).double())
 
 
+def check_product_of_many(mutant):
+    query, subkeys = distinct_scores()
+    scores, slots = on_chip(mutant, 1).product_key_topk(query, subkeys, 100)
+    assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
+
+
+def check_more_equal_sums_than_a_list_holds(mutant):
+    subkeys = torch.randn(1, 2, 300, 1)
+    scores, slots = on_chip(mutant, 1).product_key_topk(torch.zeros(1, 1, 2), subkeys, 300)
+    assert_selects_exactly(scores, slots, torch.zeros(1, 1, 300 * 300).double())
+
+
 def check_infinities(mutant):
     subkeys = torch.tensor([torch.inf, 0, -torch.inf]).view(1, 1, 3, 1).expand(1, 2, 3, 1)
     for multiprocessors in (1, 1 << 20):
@@ -148,7 +160,7 @@ MUTATIONS = {
         check_slot_out_of_range,
     ),
     "lost tie": (
-        "selection.py", "< bound_0[None, :])", "<= bound_0[None, :])",
+        "selection.py", "~(scores_0 < bound_0[None, :])", "~(scores_0 <= bound_0[None, :])",
         check_flat_of_equal_scores,
     ),
     "bound above the k-th best": (
@@ -164,6 +176,14 @@ MUTATIONS = {
     "tf32": (
         "scoring.py", "tl.dot(query, keys, input_precision=PRECISION)", "tl.dot(query, keys)",
         check_precision_is_stated,
+    ),
+    "warps that share rows append to the same slots": (
+        "scoring.py", "odd[:, None, None, None] == 1", "odd[:, None, None, None] == 2",
+        check_product_of_many,
+    ),
+    "sums that overflow their list": (
+        "pairs.py", "(2**LOG_SUMS - longest)", "(8 * 2**LOG_SUMS - longest)",
+        check_more_equal_sums_than_a_list_holds,
     ),
     "candidate bound off by one": (
         "pairs.py", "tl.minimum(TOP_K // rank", "tl.minimum((TOP_K - 1) // rank",
