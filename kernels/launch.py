@@ -207,8 +207,7 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
     size = 4 if upcast else query.element_size()
     on = chip(query.device)
     tile, stages, registers = 64, 1, 255
-    # Rows of a program, and of a warp: where they are eight, two warps share sixteen.
-    rows, a_warp = 128, 16
+    rows = 128
     tall = 256 if triton.cdiv(num_tokens, 256) * heads >= on.multiprocessors else 128
 
     def whole(rows: int, stages: int) -> bool:
@@ -217,11 +216,10 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
     if not on.architecture.startswith("sm_"):
         rows, registers = 64, 0
     elif on.architecture == "sm_90" and size == 2:
+        # Sixteen warps on a multiprocessor, whose registers allow no more.
         registers = 128
         if log_top < 7 and (whole(256, 2) or not whole(128, 1)):
             rows = tall
-        # Sixteen warps on a multiprocessor, whose registers allow no more.
-        a_warp = rows // 16
         stages = 2 if rows == 256 and SHARES_MEMORY else 1
     elif on.architecture == "sm_80" and size == 2 and log_top < 6 and dim <= 256:
         # Two programs of 64 rows spill nothing, and are no slower than one of 128.
@@ -245,7 +243,8 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
         rows=rows,
         tile=tile,
         block_d=block_d,
-        warps=rows // a_warp,
+        # Of sixteen rows each; two share them where there are but 128.
+        warps=16 if registers == 128 else rows // 16,
         log_list=max(8, 1 + log2_ceil(2**log_top + tile)),
         log_top=log_top,
         stages=stages,

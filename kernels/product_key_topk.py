@@ -68,9 +68,9 @@ def product_key_topk_kernel(
             rows_ptr = query_ptr + (((first * 2 + half) * D + row.to(tl.int64) * (2 * D * H)) + d)
             book = tl.cast(head * 2 + half, tl.int64) * num_subkeys * D
             select(
-                rows_ptr, num_rows, subkeys_ptr, book, list_ptr, 0,
-                num_subkeys, HALF_K, D, ROWS, TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_HALF_TOP,
-                PARTS, SAMPLE, ROUNDS, FIRST_CUT, GROWTH, FIT, UPCAST, PRECISION,
+                rows_ptr, num_rows, subkeys_ptr, book, list_ptr, 0, num_subkeys, HALF_K, D,
+                ROWS, TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_HALF_TOP, PARTS, SAMPLE, ROUNDS,
+                FIRST_CUT, GROWTH, FIT, UPCAST, PRECISION,
             )  # fmt: skip
             if half == 0:
                 # Where the result will be written, so that it takes no memory of its own.
