@@ -1,13 +1,14 @@
 """A lower bound of each row's k-th best score, from the maxima of groups of scores.
 
-Scores are in thread form (see `scoring`).
+Scores are in thread form (see `thread_form`).
 """
 
 import triton
 import triton.language as tl
 
 from .entries import ordered
-from .scoring import in_tile, over_row_max, over_row_sum, score_tile, tile_stages
+from .scoring import in_tile, score_tile, tile_stages
+from .thread_form import over_row_max, over_row_sum
 
 
 @triton.jit
@@ -51,10 +52,9 @@ def count_bound(packed, LEAST: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.cons
 
 @triton.jit
 def tile_maxima(
-    query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, KEY_DIM: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, THREADS: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEP: tl.constexpr, STAGES: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query, keys, first_key, end, KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    THREADS: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The maxima, packed, of TILE groups of keys: those of a tile every STEP keys."""
     best = tl.full([2, TILE * ROWS // (2 * THREADS), THREADS], float("-inf"), tl.float32)
@@ -62,8 +62,8 @@ def tile_maxima(
         first_key, end, STEP, num_stages=tile_stages(STAGES, KEY_DIM, BLOCK_D), disable_licm=True
     ):
         scores = score_tile(
-            query, query_ptr, query_mask, keys_ptr, keys_first, start, end, KEY_DIM, ROWS, TILE,
-            THREADS, BLOCK_D, STAGES, FIT, UPCAST, PRECISION,
+            query, keys, start, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STAGES, FIT, UPCAST,
+            PRECISION,
         )  # fmt: skip
         if FIT < 2:  # noqa: SIM102 (known to the compiler, unlike the next)
             if start + TILE > end:
@@ -81,29 +81,28 @@ def beside(a, b):
 
 @triton.jit
 def two_maxima(
-    query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, KEY_DIM: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, THREADS: tl.constexpr, BLOCK_D: tl.constexpr,
-    STEP: tl.constexpr, STAGES: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query, keys, first_key, end, KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    THREADS: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`tile_maxima` of the tiles every STEP keys and of those next to them."""
     one = tile_maxima(
-        query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, KEY_DIM, ROWS, TILE,
-        THREADS, BLOCK_D, STEP, STAGES, FIT, UPCAST, PRECISION,
+        query, keys, first_key, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STEP, STAGES, FIT,
+        UPCAST, PRECISION,
     )  # fmt: skip
     other = tile_maxima(
-        query, query_ptr, query_mask, keys_ptr, keys_first, first_key + TILE, end, KEY_DIM, ROWS,
-        TILE, THREADS, BLOCK_D, STEP, STAGES, FIT, UPCAST, PRECISION,
+        query, keys, first_key + TILE, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STEP, STAGES,
+        FIT, UPCAST, PRECISION,
     )  # fmt: skip
     return beside(one, other)
 
 
 @triton.jit
 def first_look(
-    query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, TOP_K: tl.constexpr,
-    KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, THREADS: tl.constexpr,
-    BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, SAMPLE: tl.constexpr,
-    ROUNDS: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    query, keys, first_key, end, TOP_K: tl.constexpr, KEY_DIM: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, THREADS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    PARTS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIT: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A score that at least TOP_K of the first SAMPLE keys reach, in each row; [2, THREADS].
 
@@ -113,22 +112,28 @@ def first_look(
     STEP: tl.constexpr = PARTS * TILE
     if PARTS == 4:
         one = two_maxima(
-            query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, KEY_DIM, ROWS,
-            TILE, THREADS, BLOCK_D, STEP, STAGES, FIT, UPCAST, PRECISION,
+            query, keys, first_key, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STEP, STAGES, FIT,
+            UPCAST, PRECISION,
         )  # fmt: skip
         other = two_maxima(
-            query, query_ptr, query_mask, keys_ptr, keys_first, first_key + 2 * TILE, end, KEY_DIM,
-            ROWS, TILE, THREADS, BLOCK_D, STEP, STAGES, FIT, UPCAST, PRECISION,
+            query, keys, first_key + 2 * TILE, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STEP,
+            STAGES, FIT, UPCAST, PRECISION,
         )  # fmt: skip
         return count_bound(beside(one, other), TOP_K, ROWS, ROUNDS)
+    elif STEP == 64 and PARTS == 2:
+        packed = two_maxima(
+            query, keys, first_key, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STEP, STAGES, FIT,
+            UPCAST, PRECISION,
+        )  # fmt: skip
+        return count_bound(packed, TOP_K, ROWS, ROUNDS)
     else:
         # Each part has its share of them: not as near a bound, but in half the registers.
         SHARE: tl.constexpr = (TOP_K + PARTS - 1) // PARTS
         bound = tl.full([2, THREADS], float("inf"), tl.float32)
         for part in tl.static_range(PARTS):
             packed = tile_maxima(
-                query, query_ptr, query_mask, keys_ptr, keys_first, first_key + part * TILE, end,
-                KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STEP, STAGES, FIT, UPCAST, PRECISION,
+                query, keys, first_key + part * TILE, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D,
+                STEP, STAGES, FIT, UPCAST, PRECISION,
             )  # fmt: skip
             bound = tl.minimum(bound, count_bound(packed, SHARE, ROWS, ROUNDS))
         return bound

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .entries import bits_of
+from .float32_products import split_keys, split_keys_bytes
 from .launch import choose_lists, choose_splits, list_programs
 from .lists import store_best
 from .lookup_bytes import list_bytes_at_most, select_bytes, split_bytes
@@ -22,7 +23,8 @@ from .split_topk import NOTHING, pair_index, pair_score, split_topk
 @triton.jit(do_not_specialize=["num_tokens"])
 def flat_key_topk_kernel(
     query_ptr,  # [T, H, D]
-    keys_ptr,  # [H, K, D]
+    keys_ptr,  # [H, K, D], or [H, K, 2, WIDTH] in parts
+    units_ptr,  # [H, K], of parts
     scores_ptr,  # [T, H, k]
     slots_ptr,  # [T, H, k]
     list_ptr,  # [programs, 2 ** LOG_LIST + 1, ROWS], entries
@@ -34,8 +36,6 @@ def flat_key_topk_kernel(
 ):  # fmt: skip
     """A program owns ROWS tokens of one head at a time, and its lists."""
     list_ptr += tl.program_id(0).to(tl.int64) * ((2**LOG_LIST + 1) * ROWS)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    row = tl.arange(0, ROWS)[:, None]
     for block in tl.range(
         tl.program_id(0),
         tl.cdiv(num_tokens, ROWS) * H,
@@ -48,11 +48,15 @@ def flat_key_topk_kernel(
         num_rows = num_tokens - token
         # 64 bits for where the tile starts; inside it, 32 are enough.
         first = tl.cast(token, tl.int64) * H + head
+        first_key = tl.cast(head, tl.int64) * num_keys
+        if PRECISION == "float16x3":
+            keys = (keys_ptr, first_key, units_ptr)
+        else:
+            keys = (keys_ptr, first_key)
         select(
-            query_ptr + ((first * D + row.to(tl.int64) * (H * D)) + d), num_rows, keys_ptr,
-            tl.cast(head, tl.int64) * num_keys * D, list_ptr, 0, num_keys, TOP_K, D, ROWS, TILE,
-            BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_TOP, PARTS, SAMPLE, ROUNDS, FIRST_CUT, GROWTH,
-            FIT, UPCAST, PRECISION,
+            query_ptr + first * D, H * D, num_rows, keys, list_ptr, 0, num_keys, TOP_K, D, ROWS,
+            TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_TOP, PARTS, SAMPLE, ROUNDS, FIRST_CUT,
+            GROWTH, FIT, UPCAST, PRECISION,
         )  # fmt: skip
         store_best(
             list_ptr, scores_ptr, slots_ptr, first * TOP_K, num_rows, H * TOP_K, TOP_K, ROWS,
@@ -109,10 +113,11 @@ def flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
         )  # fmt: skip
         return scores, slots
     many = choose_lists(query, keys, top_k)
+    keys, units = split_keys(keys) if many.in_parts else (keys, None)
     programs = list_programs(query, many)
     lists = query.new_empty(programs, 2**many.log_list + 1, many.rows, dtype=torch.int64)
     flat_key_topk_kernel[(programs,)](
-        query, keys, scores, slots, lists, num_tokens, num_keys, TOP_K=top_k, H=heads,
+        query, keys, units, scores, slots, lists, num_tokens, num_keys, TOP_K=top_k, H=heads,
         D=query_dim, **many.constants(), **many.options(),
     )  # fmt: skip
     return scores, slots
@@ -130,6 +135,9 @@ def flat_key_topk_bytes(query: Tensor, keys: Tensor, top_k: int) -> dict[str, in
         return moved | {"scores": result, "slots": result}
     many = choose_lists(query, keys, top_k)
     moved = select_bytes(many, num_tokens, heads, num_keys, query_dim, sizes)
+    if many.in_parts:
+        of_split = split_keys_bytes(heads * num_keys, query_dim, sizes[1])
+        moved = {name: moved.get(name, 0) + of_split.get(name, 0) for name in moved | of_split}
     a_row = list_bytes_at_most(many, num_keys, top_k) + 8 * (top_k + 1)
     rows = triton.cdiv(num_tokens, many.rows) * many.rows * heads
     return moved | {"scores": result, "slots": result, "lists": rows * a_row}

@@ -57,11 +57,15 @@ def _chip(index: int) -> Chip:
     return Chip(architecture, properties.multi_processor_count, shared)
 
 
+def takes_float32(query: Tensor, keys: Tensor) -> bool:
+    """Whether scores take float32: those of float32, or of mixed dtypes."""
+    return query.dtype != keys.dtype or query.dtype == torch.float32
+
+
 def scores_in_float32(query: Tensor, keys: Tensor) -> bool:
-    """Whether to score in float32: what is so, or mixed, or for the interpreter."""
+    """Whether to score in float32: what takes it, and all in the interpreter."""
     # Its products of bfloat16 are wrong.
-    interpreted = triton.knobs.runtime.interpret
-    return interpreted or query.dtype != keys.dtype or query.dtype == torch.float32
+    return triton.knobs.runtime.interpret or takes_float32(query, keys)
 
 
 def float32_precision(device: torch.device) -> str:
@@ -145,7 +149,8 @@ class Lists:
     the lengths of a list and of its sorted part. sample, parts: keys looked at first for a bound,
     and the parts they are taken from. first_cut, growth: keys after which the lists are cut back
     to the best first, and twice the factor from one cut to the next. fit: how tiles fit the keys
-    (see `scoring.tile_from`). upcast: whether to score in float32. precision: of float32 products.
+    (see `scoring.tile_from`). upcast: whether to score in float32. precision: of float32 products;
+    "float16x3" is that of numbers in two parts (see `float32_products`).
     """
 
     rows: int
@@ -163,6 +168,11 @@ class Lists:
     fit: int
     upcast: bool
     precision: str
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether numbers are multiplied in two parts (see `float32_products`)."""
+        return self.precision == "float16x3"
 
     def constants(self) -> dict[str, int | bool | str]:
         """The constants of `selection.select`."""
@@ -196,7 +206,8 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
     """The shape for many queries [T, H, ...] and keys [..., K, D].
 
     Tall tiles read the keys seldom: 256 rows where they leave no multiprocessor idle, nothing
-    spills and the queries fit into shared memory whole, else half of that.
+    spills and the queries fit into shared memory whole, else half of that. float32 is multiplied in
+    two parts where the queries fit so, and where that was found to be faster.
     """
     num_tokens, heads, _ = query.shape
     num_keys, dim = keys.shape[-2:]
@@ -213,8 +224,18 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
     def whole(rows: int, stages: int) -> bool:
         return (rows + stages * tile) * block_of_dim(dim, 1 << 16) * size <= on.shared
 
+    precision = float32_precision(query.device)
     if not on.architecture.startswith("sm_"):
         rows, registers = 64, 0
+    elif (
+        on.architecture in ("sm_80", "sm_90")
+        and takes_float32(query, keys)
+        and log_top < 7
+        and dim <= 256
+    ):
+        precision = "float16x3"
+        tile, stages = 32, 2 if SHARES_MEMORY else 1
+        registers = 128 if on.architecture == "sm_90" else 255
     elif on.architecture == "sm_90" and size == 2:
         # Sixteen warps on a multiprocessor, whose registers allow no more.
         registers = 128
@@ -224,7 +245,9 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
     elif on.architecture == "sm_80" and size == 2 and log_top < 6 and dim <= 256:
         # Two programs of 64 rows spill nothing, and are no slower than one of 128.
         rows = 64
-    if size == 4:
+    if precision == "float16x3":
+        block_d = block_of_dim(dim, 256)
+    elif size == 4:
         block_d = block_of_dim(dim, 64)
     elif whole(rows, stages):
         block_d = block_of_dim(dim, 1 << 16)
@@ -249,13 +272,14 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
         log_top=log_top,
         stages=stages,
         registers=registers,
-        parts=1 if log_top < 6 else 2 ** (log_top - 5) if log_top < 8 else 0,
+        # So that there are twice as many maxima as are wanted.
+        parts=64 // tile * 2 ** max(0, log_top - 5) if log_top < 8 else 0,
         sample=sample,
         first_cut=cut,
         growth=growth,
         fit=2 if num_keys % tile == 0 else int(num_keys >= tile),
         upcast=upcast,
-        precision=float32_precision(query.device),
+        precision=precision,
     )
 
 
@@ -283,7 +307,7 @@ def choose_sums(many: Lists, top_k: int, num_pairs: int) -> Sums:
     # cut back when they are full, but each time takes another sorting.
     log_list = min(log_pairs, log_top + 3 if log_top <= 8 else log_top + 1)
     best = 2**many.log_top
-    if many.log_top < 7:
+    if many.log_top < 7 and not many.in_parts:
         slots = max(2**many.log_list, 2 * best + 2**log_list) + 1
         return Sums(log_pairs, log_list, log_top, slots, None)
     # What the two have to keep beside each other would spill. Small programs, for one list that is

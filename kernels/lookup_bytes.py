@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import triton
 
+from .float32_products import part_width
 from .launch import Lists, Splits
 
 
@@ -36,13 +37,24 @@ def split_bytes(
 def select_bytes(
     shape: Lists, num_tokens: int, heads: int, num_keys: int, key_dim: int, sizes: tuple[int, int]
 ) -> dict[str, int]:
-    """What `selection.select` moves of the query and the keys; the arguments as `split_bytes`'s."""
+    """What `selection.select` moves of the query and the keys; the arguments as `split_bytes`'s.
+
+    Of keys in parts it is what is read of the parts, and of the units.
+    """
     # Looked at first, for a bound, and then all.
     looked_at = min(num_keys, shape.sample) if shape.parts else 0
     tiles = triton.cdiv(looked_at, shape.tile) + triton.cdiv(num_keys, shape.tile)
     # The last tile is whole, unless there are fewer keys.
     scored = tiles * shape.tile if shape.fit else looked_at + num_keys
     blocks = triton.cdiv(num_tokens, shape.rows)
+    if shape.in_parts:
+        return {
+            # For the largest of its rows, and again.
+            "query": 2 * num_tokens * heads * key_dim * sizes[0],
+            "keys": blocks * heads * scored * part_width(key_dim) * 4,
+            # Once for each pair of rows.
+            "units": blocks * heads * scored * shape.rows // 2 * 4,
+        }
     return {
         # Kept if it fits, else read again for every tile.
         "query": (tiles if key_dim > shape.block_d else 1)
@@ -61,6 +73,8 @@ def sort_bytes_at_most(length: int, log_top: int) -> int:
 def list_bytes_at_most(shape: Lists, num_keys: int, top_k: int) -> int:
     """The most that `selection.select` moves of one row's list, whatever the scores."""
     length = 2**shape.log_list
+    # The parts of a query, written and read, and its unit.
+    parts = 8 * shape.block_d + 4 + 8 * 32 * shape.warps // shape.rows if shape.in_parts else 0
     # At most once each time so many keys were seen that a list may be full ...
     sorts = 1 + num_keys // (length - shape.tile - top_k)
     # ... and at the cuts. Each key is appended at most once; a bound is read from four places.
@@ -68,4 +82,4 @@ def list_bytes_at_most(shape: Lists, num_keys: int, top_k: int) -> int:
     while cut < num_keys:
         sorts += 1
         cut = cut * shape.growth // (2 * shape.tile) * shape.tile
-    return 8 * num_keys + sorts * (sort_bytes_at_most(length, shape.log_top) + 32)
+    return parts + 8 * num_keys + sorts * (sort_bytes_at_most(length, shape.log_top) + 32)

@@ -13,9 +13,9 @@ import triton.language as tl
 
 from .entries import index_of, narrow_key, narrow_rank, narrow_score, ordered, score_of
 from .lists import load_bits, rows_at_once
-from .scoring import thread_columns, thread_rows
 from .selection import append, cut_lists
 from .sorting import keys_each, lists_a_warp, sort_rows, sort_top, warps_of_lists
+from .thread_form import thread_columns, thread_rows
 
 
 @triton.jit

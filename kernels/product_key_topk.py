@@ -50,7 +50,6 @@ def product_key_topk_kernel(
     list_ptr += tl.program_id(0).to(tl.int64) * (ROWS * SLOTS + 2 ** (LOG_PAIRS - 1))
     pairs_ptr = (list_ptr + ROWS * SLOTS).to(tl.pointer_type(tl.int32))
     store_rank_pairs(pairs_ptr, TOP_K, HALF_K, LOG_PAIRS)
-    d = tl.arange(0, BLOCK_D)[None, :]
     for block in tl.range(
         tl.program_id(0),
         tl.cdiv(num_tokens, ROWS) * H,
@@ -63,14 +62,12 @@ def product_key_topk_kernel(
         num_rows = num_tokens - token
         # 64 bits for where the tile starts; inside it, 32 are enough.
         first = tl.cast(token, tl.int64) * H + head
-        row = tl.arange(0, ROWS)[:, None]
         for half in tl.range(2, num_stages=1, disable_licm=True):
-            rows_ptr = query_ptr + (((first * 2 + half) * D + row.to(tl.int64) * (2 * D * H)) + d)
-            book = tl.cast(head * 2 + half, tl.int64) * num_subkeys * D
+            book = tl.cast(head * 2 + half, tl.int64) * num_subkeys
             select(
-                rows_ptr, num_rows, subkeys_ptr, book, list_ptr, 0, num_subkeys, HALF_K, D,
-                ROWS, TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_HALF_TOP, PARTS, SAMPLE, ROUNDS,
-                FIRST_CUT, GROWTH, FIT, UPCAST, PRECISION,
+                query_ptr + (first * 2 + half) * D, 2 * H * D, num_rows, (subkeys_ptr, book),
+                list_ptr, 0, num_subkeys, HALF_K, D, ROWS, TILE, BLOCK_D, WARPS, STAGES, LOG_LIST,
+                LOG_HALF_TOP, PARTS, SAMPLE, ROUNDS, FIRST_CUT, GROWTH, FIT, UPCAST, PRECISION,
             )  # fmt: skip
             if half == 0:
                 # Where the result will be written, so that it takes no memory of its own.

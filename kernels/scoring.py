@@ -1,77 +1,26 @@
 """Scores of a tile of keys, in thread form: the jit helpers that both lookups share.
 
-Thread form. A tensor core leaves a row with four threads, which hold two columns in eight, and a
-thread with two rows, eight apart. Where a program has twice the warps its rows need, each half of
-them has half of the columns. Reshaped to [2, C, THREADS], the last axis the thread, every later
-step but the sums over a row is a thread's own: nothing moves, not even for a scan or a store. Under
-another layout of the scores the same code is right, if slower.
+Numbers are multiplied as they are, or in two float16 parts (see `float32_products`). What is made
+of the queries once and of the keys before is handed on in a tuple for each:
+
+    as they are   query: values, pointers, mask         keys: pointer, first key
+    in parts      query: first parts, second, units     keys: pointer to parts, first key, to units
+
+The parts of a query are tuples too, of as many columns as are summed at a time.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def thread_form(scores, ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr):
-    """[ROWS, COLUMNS] -> [2, C, THREADS], of C columns a thread."""
-    HALVES: tl.constexpr = THREADS // (2 * ROWS)
-    x = tl.reshape(scores, [ROWS // 16, 2, 8, HALVES, COLUMNS // (8 * HALVES), 4, 2])
-    x = tl.permute(x, (1, 4, 6, 3, 0, 2, 5))
-    return tl.reshape(x, [2, COLUMNS // (4 * HALVES), THREADS])
-
-
-@triton.jit
-def thread_rows(ROWS: tl.constexpr, THREADS: tl.constexpr):
-    """The row of each place in thread form, [2, THREADS]."""
-    thread = tl.arange(0, THREADS)[None, :] % (2 * ROWS)
-    return thread // 32 * 16 + tl.arange(0, 2)[:, None] * 8 + thread // 4 % 8
-
-
-@triton.jit
-def thread_columns(ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr):
-    """The column of each place in thread form, [C, THREADS]."""
-    C: tl.constexpr = COLUMNS * ROWS // (2 * THREADS)
-    own = tl.arange(0, C)[:, None]
-    thread = tl.arange(0, THREADS)[None, :]
-    return thread // (2 * ROWS) * (4 * C) + own // 2 * 8 + own % 2 + thread % 4 * 2
-
-
-@triton.jit
-def over_row_sum(x, ROWS: tl.constexpr):
-    """[2, THREADS] -> the same, each place with the sum over its row's threads."""
-    HALVES: tl.constexpr = x.shape[1] // (2 * ROWS)
-    total = tl.sum(tl.reshape(x, [2, HALVES, ROWS // 2, 4]), 3, keep_dims=True)
-    if HALVES > 1:
-        total = tl.sum(total, 1, keep_dims=True)
-    return tl.reshape(tl.broadcast_to(total, [2, HALVES, ROWS // 2, 4]), x.shape)
-
-
-@triton.jit
-def over_row_max(x, ROWS: tl.constexpr):
-    """[2, THREADS] -> the same, each place with the maximum over its row's threads."""
-    HALVES: tl.constexpr = x.shape[1] // (2 * ROWS)
-    best = tl.max(tl.reshape(x, [2, HALVES, ROWS // 2, 4]), 3, keep_dims=True)
-    if HALVES > 1:
-        best = tl.max(best, 1, keep_dims=True)
-    return tl.reshape(tl.broadcast_to(best, [2, HALVES, ROWS // 2, 4]), x.shape)
-
-
-@triton.jit
-def threads_before(x, ROWS: tl.constexpr):
-    """[THREADS] -> the sums over the row's threads before each, and over all of them."""
-    HALVES: tl.constexpr = x.shape[0] // (2 * ROWS)
-    odd = tl.arange(0, 2)
-    one = tl.reshape(x, [HALVES, ROWS // 2, 2, 2])
-    two = tl.sum(one, 3, keep_dims=True)
-    total = tl.sum(two, 2, keep_dims=True)
-    before = tl.where(odd[None, None, None, :] == 1, two - one, 0)
-    before += tl.where(odd[None, None, :, None] == 1, total - two, 0)
-    if HALVES == 2:
-        four = total
-        total = tl.sum(four, 0, keep_dims=True)
-        before += tl.where(odd[:, None, None, None] == 1, total - four, 0)
-    total = tl.broadcast_to(total, [HALVES, ROWS // 2, 2, 2])
-    return tl.reshape(before, x.shape), tl.reshape(total, x.shape)
+from .float32_products import (
+    add_product_of_parts,
+    part_width,
+    product_of_parts,
+    row_unit,
+    slice_width,
+    split,
+)
+from .thread_form import thread_columns, thread_form, thread_rows
 
 
 @triton.jit
@@ -105,28 +54,87 @@ def in_tile(
 
 
 @triton.jit
-def score_tile(
-    query, query_ptr, query_mask, keys_ptr, keys_first, start, end, KEY_DIM: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, THREADS: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+def load_query(
+    row_ptr, num_rows, KEY_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the tile of keys start .. end (see `tile_from`), in thread form."""
+    """The tuple of the queries at row_ptr [ROWS, 1], as they are; num_rows of them are real."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    query_ptr = row_ptr + d
+    query_mask = tl.arange(0, ROWS)[:, None] < num_rows
+    # What does not fit is read tile by tile instead.
+    query_inside = query_mask & (d < KEY_DIM) & (KEY_DIM <= BLOCK_D)
+    query = tl.load(query_ptr, mask=query_inside, other=0.0)
+    if UPCAST:
+        query = query.to(tl.float32)
+    return query, query_ptr, query_mask
+
+
+@triton.jit
+def load_query_in_parts(
+    row_ptr, num_rows, spare_ptr, KEY_DIM: tl.constexpr, ROWS: tl.constexpr,
+    THREADS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The tuple of the queries at row_ptr [ROWS, 1], in parts.
+
+    The parts go through memory at spare_ptr, for of what is loaded the compiler leaves operands in
+    shared memory, and of what is computed in registers. 4 * ROWS * (BLOCK_D + 1) bytes.
+    """
+    SLICE: tl.constexpr = slice_width(BLOCK_D)
+    row = tl.arange(0, ROWS)[:, None]
+    d = tl.arange(0, SLICE)[None, :]
+    query_ptr = row_ptr + d
+    most = tl.zeros([ROWS, SLICE], tl.float32)
+    for start in tl.range(0, BLOCK_D, SLICE, num_stages=1):
+        mask = (row < num_rows) & (start + d < KEY_DIM)
+        query = tl.load(query_ptr + start, mask=mask, other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.abs(query))
+    unit, scale = row_unit(tl.max(most, 1))
+    unit_ptr = spare_ptr.to(tl.pointer_type(tl.float32)) + ROWS * BLOCK_D
+    tl.store(unit_ptr + tl.arange(0, ROWS), unit)
+    part_ptr = spare_ptr.to(tl.pointer_type(tl.float16)) + (row * BLOCK_D + d)
+    for start in tl.range(0, BLOCK_D, SLICE, num_stages=1):
+        mask = (row < num_rows) & (start + d < KEY_DIM)
+        query = tl.load(query_ptr + start, mask=mask, other=0.0).to(tl.float32)
+        first, second = split(query * scale[:, None])
+        tl.store(part_ptr + start, first)
+        tl.store(part_ptr + (ROWS * BLOCK_D + start), second)
+    tl.debug_barrier()
+    firsts = ()
+    seconds = ()
+    for s in tl.static_range(BLOCK_D // SLICE):
+        firsts += (tl.load(part_ptr + s * SLICE),)
+        seconds += (tl.load(part_ptr + (ROWS * BLOCK_D + s * SLICE)),)
+    unit = tl.load(unit_ptr + thread_rows(ROWS, THREADS))
+    tl.debug_barrier()
+    return firsts, seconds, unit
+
+
+@triton.jit
+def score_whole_tile(
+    query, keys, start, end, KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    THREADS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, FIT: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`score_tile` of numbers as they are."""
+    query, query_ptr, query_mask = query
+    keys_ptr, first_key = keys
     start = tile_from(start, end, TILE, FIT)
     # 64 bits for where the tile starts; inside it, 32 are enough and cost half the registers.
-    keys_start = keys_first + tl.cast(start, tl.int64) * KEY_DIM
+    keys_start = (first_key + start) * KEY_DIM
     column = tl.arange(0, TILE)[None, :]
     d = tl.arange(0, BLOCK_D)
     inside = (column < end - start) | (FIT > 0)
     if KEY_DIM <= BLOCK_D:
         mask = inside & (d[:, None] < KEY_DIM)
-        keys = tl.load(
+        tile = tl.load(
             keys_ptr + ((keys_start + column.to(tl.int64) * KEY_DIM) + d[:, None]),
             mask=mask,
             other=0.0,
         )
         if UPCAST:
-            keys = keys.to(tl.float32)
-        scores = tl.dot(query, keys, input_precision=PRECISION)
+            tile = tile.to(tl.float32)
+        scores = tl.dot(query, tile, input_precision=PRECISION)
     else:
         scores = tl.zeros([ROWS, TILE], tl.float32)
         for first in tl.range(0, KEY_DIM, BLOCK_D, num_stages=STAGES, disable_licm=True):
@@ -136,10 +144,60 @@ def score_tile(
                 keys_mask &= first + d[:, None] < KEY_DIM
                 part_mask &= first + d[None, :] < KEY_DIM
             place = (keys_start + column.to(tl.int64) * KEY_DIM) + (first + d)[:, None]
-            keys = tl.load(keys_ptr + place, mask=keys_mask, other=0.0)
+            tile = tl.load(keys_ptr + place, mask=keys_mask, other=0.0)
             part = tl.load(query_ptr + first, mask=part_mask, other=0.0)
             if UPCAST:
-                keys = keys.to(tl.float32)
+                tile = tile.to(tl.float32)
                 part = part.to(tl.float32)
-            scores = tl.dot(part, keys, scores, input_precision=PRECISION)
+            scores = tl.dot(part, tile, scores, input_precision=PRECISION)
     return thread_form(scores, ROWS, TILE, THREADS)
+
+
+@triton.jit
+def score_tile_in_parts(
+    query, keys, start, end, KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    THREADS: tl.constexpr, BLOCK_D: tl.constexpr, FIT: tl.constexpr,
+):  # fmt: skip
+    """`score_tile` of numbers in two parts."""
+    WIDTH: tl.constexpr = part_width(KEY_DIM)
+    SLICE: tl.constexpr = slice_width(BLOCK_D)
+    tl.static_assert(WIDTH <= BLOCK_D)
+    firsts, seconds, query_unit = query
+    parts_ptr, first_key, units_ptr = keys
+    start = tile_from(start, end, TILE, FIT)
+    column = tl.arange(0, TILE)[None, :]
+    d = tl.arange(0, SLICE)[:, None]
+    inside = (column < end - start) | (FIT > 0)
+    keys_start = (first_key + start) * (2 * WIDTH)
+    place = parts_ptr + ((keys_start + column.to(tl.int64) * (2 * WIDTH)) + d)
+    for s in tl.static_range(BLOCK_D // SLICE):
+        mask = inside & (s * SLICE + d < WIDTH)
+        first = tl.load(place + s * SLICE, mask=mask, other=0.0)
+        second = tl.load(place + (WIDTH + s * SLICE), mask=mask, other=0.0)
+        if s == 0:
+            scores = product_of_parts(firsts[s], seconds[s], first, second)
+        else:
+            scores = add_product_of_parts(scores, firsts[s], seconds[s], first, second)
+    own = thread_columns(ROWS, TILE, THREADS)
+    mask = (own < end - start) | (FIT > 0)
+    unit = tl.load(units_ptr + ((first_key + start) + own), mask=mask, other=0.0)
+    unit = query_unit[:, None, :] * unit[None, :, :]
+    return thread_form(scores, ROWS, TILE, THREADS) * unit
+
+
+@triton.jit
+def score_tile(
+    query, keys, start, end, KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    THREADS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, FIT: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of the tile of keys start .. end (see `tile_from`), in thread form."""
+    if PRECISION == "float16x3":
+        return score_tile_in_parts(
+            query, keys, start, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, FIT
+        )
+    else:
+        return score_whole_tile(
+            query, keys, start, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STAGES, FIT, UPCAST,
+            PRECISION,
+        )  # fmt: skip

@@ -15,13 +15,13 @@ from .entries import score_of
 from .lists import sort_lists, store_head
 from .scoring import (
     in_tile,
+    load_query,
+    load_query_in_parts,
     score_tile,
-    thread_columns,
-    thread_rows,
-    threads_before,
     tile_from,
     tile_stages,
 )
+from .thread_form import thread_columns, thread_rows, threads_before
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def cut_lists(
 
 @triton.jit
 def select(
-    query_ptr, num_rows, keys_ptr, keys_first, list_ptr, first_key, end, TOP_K: tl.constexpr,
+    query_ptr, row_stride, num_rows, keys, list_ptr, first_key, end, TOP_K: tl.constexpr,
     KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
     WARPS: tl.constexpr, STAGES: tl.constexpr, LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr,
     PARTS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr,
@@ -94,25 +94,25 @@ def select(
 ):  # fmt: skip
     """Leave the TOP_K best of keys first_key .. end, in order, at the start of each row's list.
 
-    query_ptr [ROWS, BLOCK_D] points to the rows' first elements, of which num_rows are real;
-    keys_ptr [end, KEY_DIM].
+    query_ptr: to the first row's first element; rows are row_stride apart, num_rows are real.
+    keys: a tuple (see `scoring`).
     """
     LIST: tl.constexpr = 2**LOG_LIST
+    LOG_SHORT: tl.constexpr = max(6, LOG_TOP + 1)
     THREADS: tl.constexpr = 32 * WARPS
-    d = tl.arange(0, BLOCK_D)[None, :]
-    query_mask = tl.arange(0, ROWS)[:, None] < num_rows
-    # What does not fit is read tile by tile instead.
-    query_inside = query_mask & (d < KEY_DIM) & (KEY_DIM <= BLOCK_D)
-    query = tl.load(query_ptr, mask=query_inside, other=0.0)
-    if UPCAST:
-        query = query.to(tl.float32)
+    LOADED: tl.constexpr = tile_stages(STAGES, KEY_DIM, BLOCK_D)
+    row_ptr = query_ptr + tl.arange(0, ROWS)[:, None].to(tl.int64) * row_stride
+    if PRECISION == "float16x3":
+        query = load_query_in_parts(row_ptr, num_rows, list_ptr, KEY_DIM, ROWS, THREADS, BLOCK_D)
+    else:
+        query = load_query(row_ptr, num_rows, KEY_DIM, ROWS, BLOCK_D, UPCAST)
     bound = tl.full([2, THREADS], float("-inf"), tl.float32)
     if PARTS > 0:
         # Scoring some keys twice costs less than appending, and sorting, what a later bound would
         # have ruled out.
         bound = first_look(
-            query, query_ptr, query_mask, keys_ptr, keys_first, first_key, end, TOP_K, KEY_DIM,
-            ROWS, TILE, THREADS, BLOCK_D, STAGES, PARTS, SAMPLE, ROUNDS, FIT, UPCAST, PRECISION,
+            query, keys, first_key, end, TOP_K, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STAGES,
+            PARTS, SAMPLE, ROUNDS, FIT, UPCAST, PRECISION,
         )  # fmt: skip
     # Rows past the last token append nothing.
     bound = tl.where(thread_rows(ROWS, THREADS) < num_rows, bound, float("inf"))
@@ -121,25 +121,25 @@ def select(
     start = first_key
     # Where lists are cut back to the best so far, for a better bound.
     cut = first_key + FIRST_CUT
-    while start < end:
-        # As far as no list can overflow.
-        room = (LIST - longest) // TILE * TILE
-        stop = tl.minimum(tl.minimum(end, cut), start + room)
-        for tile_start in tl.range(
-            start, stop, TILE, num_stages=tile_stages(STAGES, KEY_DIM, BLOCK_D), disable_licm=True
-        ):
-            scores = score_tile(
-                query, query_ptr, query_mask, keys_ptr, keys_first, tile_start, end, KEY_DIM, ROWS,
-                TILE, THREADS, BLOCK_D, STAGES, FIT, UPCAST, PRECISION,
-            )  # fmt: skip
-            count = append(
-                scores, tile_start, end, bound, count, list_ptr, ROWS, TILE, FIT, True
-            )  # fmt: skip
-        start = stop
-        longest = tl.max(count)
-        if (start >= tl.minimum(end, cut)) | (longest > LIST - TILE):
-            bound, count = cut_lists(
-                list_ptr, bound, count, TOP_K, ROWS, WARPS, LOG_LIST, max(6, LOG_TOP + 1), LOG_TOP
-            )  # fmt: skip
-            longest = TOP_K
-            cut = first_key + (start - first_key) * GROWTH // (2 * TILE) * TILE
+    # Not a while loop: out of that, what sorting needs would be computed, and kept in registers.
+    for _ in tl.range(first_key, end, TILE, num_stages=1, disable_licm=True):
+        if start < end:
+            # As far as no list can overflow.
+            room = (LIST - longest) // TILE * TILE
+            stop = tl.minimum(tl.minimum(end, cut), start + room)
+            for tile_start in tl.range(start, stop, TILE, num_stages=LOADED, disable_licm=True):
+                scores = score_tile(
+                    query, keys, tile_start, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STAGES,
+                    FIT, UPCAST, PRECISION,
+                )  # fmt: skip
+                count = append(
+                    scores, tile_start, end, bound, count, list_ptr, ROWS, TILE, FIT, True
+                )  # fmt: skip
+            start = stop
+            longest = tl.max(count)
+            if (start >= tl.minimum(end, cut)) | (longest > LIST - TILE):
+                bound, count = cut_lists(
+                    list_ptr, bound, count, TOP_K, ROWS, WARPS, LOG_LIST, LOG_SHORT, LOG_TOP
+                )  # fmt: skip
+                longest = TOP_K
+                cut = first_key + (start - first_key) * GROWTH // (2 * TILE) * TILE

@@ -161,7 +161,8 @@ def compile_launch(
     options = {key: value for key, value in kwargs.items() if key not in kernel.arg_names}
     signature, attributes = {}, {}
     for place, argument in enumerate(kernel.arg_names):
-        if argument in constants:
+        if argument in constants or bound[argument] is None:
+            constants.setdefault(argument, None)
             signature[argument] = "constexpr"
             continue
         signature[argument] = mangle_type(bound[argument])

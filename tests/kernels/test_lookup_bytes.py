@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the
 ARGUMENTS = {
     "query": ("query_ptr",),
     "keys": ("keys_ptr", "subkeys_ptr"),
+    "parts": ("parts_ptr",),
+    "units": ("units_ptr",),
     "part": ("part_ptr",),
     "halves": ("half_scores_ptr", "half_slots_ptr"),
     "scores": ("scores_ptr",),
@@ -95,8 +97,8 @@ def test_lists_stay_below_the_bound_where_every_key_is_appended(monkeypatch, gua
 
 def test_lists_stay_below_the_bound_where_narrow_keys_do_not_do(monkeypatch, guard):
     shapes_for(monkeypatch, "many")
-    query = torch.ones(20, 1, 2)
-    subkeys = torch.logspace(-30, 30, 200).view(1, 1, 200, 1).repeat(1, 2, 1, 1)
+    query = torch.ones(20, 1, 2, dtype=torch.bfloat16)
+    subkeys = torch.logspace(-30, 30, 200).view(1, 1, 200, 1).repeat(1, 2, 1, 1).bfloat16()
     kernels.product_key_topk(query, subkeys, 32)
     formula = product.product_key_topk_bytes(query, subkeys, 32)
     assert 0 < guard.argument_bytes["product_key_topk_kernel", "list_ptr"] <= formula["lists"]

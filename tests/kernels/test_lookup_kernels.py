@@ -10,6 +10,7 @@ from tolerance import assert_close_to_oracle
 
 from pkm_triton import kernels
 from pkm_triton.kernels import launch
+from pkm_triton.kernels.float32_products import split_keys
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -128,6 +129,41 @@ def test_product_scores_are_accurate(dtype, path, device, guard):
     assert_close_to_oracle(scores, everything.topk(32).values, same.topk(32).values)
 
 
+def test_float32_of_any_scale(path, device, guard):
+    # Each query and each key of its own, far beyond what a float16 takes.
+    query = torch.randn(9, 2, 150, device=device)
+    query *= torch.logspace(-15, 15, 9, device=device).view(9, 1, 1)
+    keys = torch.randn(2, 70, 150, device=device)
+    keys *= torch.logspace(-15, 15, 70, device=device)[torch.randperm(70)].view(1, 70, 1)
+    scores, slots = kernels.flat_key_topk(query, keys, 70)
+    exact = all_flat_scores(query, keys).gather(-1, slots.long())
+    same = torch.einsum("thd,hkd->thk", query, keys).gather(-1, slots.long())
+    # Relative to what is summed, for sums may nearly cancel.
+    size = all_flat_scores(query.abs(), keys.abs()).gather(-1, slots.long())
+    assert_distinct(slots, 70)
+    assert_close_to_oracle((scores / size).float(), exact / size, (same / size).float())
+
+
+# What is left of an infinite element.
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("width", [1, 9, 48])
+def test_float32_in_two_parts(width, device, guard):
+    keys = torch.randn(3, 5, width, device=device)
+    keys *= torch.logspace(-38, 37, 15, device=device).view(3, 5, 1)
+    keys[1, 2], keys[0, 0, 0] = 0, torch.inf
+    parts, units = split_keys(keys)
+    assert parts.shape[:3] == (3, 5, 2)
+    assert units.frexp().mantissa.eq(0.5).all()
+    again = parts[..., :width].double() * units.double().view(3, 5, 1, 1)
+    assert again[0, 0, 0, 0] == torch.inf
+    # Half the last place of the second part, and for small numbers the smallest float16.
+    size = keys.abs().amax(-1, keepdim=True)
+    wrong = (again.sum(2) - keys.double()).abs() > 2.0**-23 * keys.abs() + 2.0**-38 * size
+    assert not wrong[1:].any()
+    assert not wrong[0, 1:].any()
+    assert (parts[..., width:] == 0).all()
+
+
 def test_ties_everywhere(path, device, guard):
     query = torch.zeros(5, 1, 16, device=device)
     subkeys = torch.randn(1, 2, 300, 8, device=device)
@@ -181,9 +217,9 @@ def test_one_nan_key_spoils_its_head(path, device, guard):
 # Infinite sub-keys times the zeros of absent rows.
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_infinities(path, device, guard):
-    # One element wide, so that a sub-key is its score.
+    # One element wide, and of few bits, so that a sub-key is its score.
     query = torch.ones(1, 1, 2, device=device)
-    subkeys = torch.randn(1, 2, 40, 1, device=device)
+    subkeys = torch.randn(1, 2, 40, 1, device=device).bfloat16().float()
     subkeys[0, 0, :3], subkeys[0, 1, 5:9] = torch.inf, -torch.inf
     scores, slots = kernels.product_key_topk(query, subkeys, 200)
     everything = scores_by_torch(query, subkeys).nan_to_num(

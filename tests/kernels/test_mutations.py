@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from mutation import is_caught, plant
-from oracle import all_product_scores, assert_selects_exactly, gather
+from oracle import all_flat_scores, all_product_scores, assert_selects_exactly, gather
 
 from pkm_triton import kernels
 
@@ -53,7 +53,8 @@ def check_table_past_int32(mutant):
 
 
 def check_product_with_ties(mutant):
-    query, subkeys = small_integers(3, 1, 8), small_integers(1, 2, 40, 4)
+    # Of bfloat16, for one launch: float32 takes two.
+    query, subkeys = small_integers(3, 1, 8).bfloat16(), small_integers(1, 2, 40, 4).bfloat16()
     scores, slots = on_chip(mutant, 1).product_key_topk(query, subkeys, 9)
     assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
 
@@ -105,7 +106,8 @@ def check_many_of_equal_scores(mutant):
 
 
 def check_flat_scores_far_apart(mutant):
-    keys = torch.logspace(-30, 30, 200)[torch.randperm(200)].view(1, 200, 1)
+    # Of few bits, so that a key is its score.
+    keys = torch.logspace(-30, 30, 200).bfloat16().float()[torch.randperm(200)].view(1, 200, 1)
     scores, _ = on_chip(mutant, 1).flat_key_topk(torch.ones(1, 1, 1), keys, 32)
     assert torch.equal(scores[0, 0], keys.flatten().topk(32).values)
 
@@ -134,6 +136,27 @@ def check_infinities(mutant):
         on_chip(mutant, multiprocessors)
         scores, _ = mutant.product_key_topk(torch.ones(1, 1, 2), subkeys.contiguous(), 9)
         assert scores.flatten().tolist() == [torch.inf] * 3 + [0] + [-torch.inf] * 5
+
+
+def check_float32_is_accurate(mutant):
+    # Of any scale.
+    query = torch.randn(5, 1, 200) * torch.logspace(-9, 9, 5).view(5, 1, 1)
+    keys = torch.randn(1, 90, 200) * torch.logspace(-9, 9, 90).view(1, 90, 1)
+    scores, slots = on_chip(mutant, 1).flat_key_topk(query, keys, 20)
+    # By one, for others are of another scale.
+    exact = all_flat_scores(query, keys)
+    error = (scores - exact.gather(-1, slots.long())) / exact.abs().gather(-1, slots.long())
+    by_torch = torch.einsum("thd,hkd->thk", query, keys).gather(-1, slots.long())
+    torch_error = (by_torch - exact.gather(-1, slots.long())) / by_torch.abs()
+    assert error.abs().max() <= 2 * torch_error.abs().max()
+
+
+def check_infinite_elements(mutant):
+    query = torch.tensor([1 / 3, 1.0]).view(1, 1, 2)
+    keys = torch.tensor([[torch.inf, 1 / 3], [1.0, 2.0]]).view(1, 2, 2)
+    scores, _ = on_chip(mutant, 1).flat_key_topk(query, keys, 2)
+    assert scores[0, 0, 0] == torch.inf
+    assert scores[0, 0, 1] == pytest.approx(7 / 3)
 
 
 def check_precision_is_stated(mutant):
@@ -167,18 +190,32 @@ MUTATIONS = {
         "bounds.py", "ROWS) >= LEAST", "ROWS) >= LEAST // 2", check_flat_of_distinct_scores,
     ),
     "threads of a row append to the same slots": (
-        "scoring.py", "before += tl.where", "before -= tl.where", check_product_with_ties,
+        "thread_form.py", "before += tl.where", "before -= tl.where", check_product_with_ties,
     ),
     "rows past the last token": (
         "pairs.py", "mask = (row < num_rows) & (rank < TOP_K)", "mask = rank + row * 0 < TOP_K",
         check_product_with_ties,
     ),
     "tf32": (
-        "scoring.py", "tl.dot(query, keys, input_precision=PRECISION)", "tl.dot(query, keys)",
+        "scoring.py", "tl.dot(query, tile, input_precision=PRECISION)", "tl.dot(query, tile)",
         check_precision_is_stated,
     ),
+    "second parts of float32 lost": (
+        "float32_products.py", "(x - first.to(tl.float32))", "(x - x)", check_float32_is_accurate,
+    ),
+    "a slice of the columns lost": (
+        "float32_products.py", "total = plus(total, finite(tl.dot(second, other_first)))",
+        "total = total", check_float32_is_accurate,
+    ),
+    "units and their reciprocals": (
+        "float32_products.py", "(254 - exponent)", "(255 - exponent)", check_float32_is_accurate,
+    ),
+    "second parts of infinite elements": (
+        "float32_products.py", 'tl.where(tl.abs(x) < float("inf"), x, 0.0)', "x",
+        check_infinite_elements,
+    ),
     "warps that share rows append to the same slots": (
-        "scoring.py", "odd[:, None, None, None] == 1", "odd[:, None, None, None] == 2",
+        "thread_form.py", "odd[:, None, None, None] == 1", "odd[:, None, None, None] == 2",
         check_product_of_many,
     ),
     "sums that overflow their list": (
