@@ -54,7 +54,7 @@ def sums_bound(
             a = score_of(tl.load(first_ptr + (2**log_a - 1) * ROWS + row))
             b = score_of(tl.load(second_ptr + ((TOP_K - 1) // 2**log_a) * ROWS + row))
             # NaN, of infinities say, is no bound.
-            bound = tl.maximum(bound, a + b)
+            bound = tl.where(a + b > bound, a + b, bound)
     return bound
 
 

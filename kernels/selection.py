@@ -80,7 +80,7 @@ def cut_lists(
     tl.debug_barrier()
     last = score_of(tl.load(list_ptr + (TOP_K - 1) * ROWS + row))
     # NaN is no bound.
-    bound = tl.where(count >= TOP_K, tl.maximum(bound, last), bound)
+    bound = tl.where((count >= TOP_K) & (last > bound), last, bound)
     return bound, tl.minimum(count, TOP_K)
 
 
