@@ -27,15 +27,15 @@ def flat_key_topk_kernel(
     units_ptr,  # [H, K], of parts
     scores_ptr,  # [T, H, k]
     slots_ptr,  # [T, H, k]
-    list_ptr,  # [programs, 2 ** LOG_LIST + 1, ROWS], entries
+    list_ptr,  # [programs, SLOTS, ROWS], entries
     num_tokens, num_keys, TOP_K: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr,
-    STAGES: tl.constexpr, LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr, PARTS: tl.constexpr,
-    SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr, GROWTH: tl.constexpr,
-    FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, SLOTS: tl.constexpr, LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr,
+    PARTS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr,
+    GROWTH: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS tokens of one head at a time, and its lists."""
-    list_ptr += tl.program_id(0).to(tl.int64) * ((2**LOG_LIST + 1) * ROWS)
+    list_ptr += tl.program_id(0).to(tl.int64) * (SLOTS * ROWS)
     for block in tl.range(
         tl.program_id(0),
         tl.cdiv(num_tokens, ROWS) * H,
@@ -115,10 +115,11 @@ def flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
     many = choose_lists(query, keys, top_k)
     keys, units = split_keys(keys) if many.in_parts else (keys, None)
     programs = list_programs(query, many)
-    lists = query.new_empty(programs, 2**many.log_list + 1, many.rows, dtype=torch.int64)
+    slots_each = 2**many.log_list + 1 + many.spare
+    lists = query.new_empty(programs, slots_each, many.rows, dtype=torch.int64)
     flat_key_topk_kernel[(programs,)](
         query, keys, units, scores, slots, lists, num_tokens, num_keys, TOP_K=top_k, H=heads,
-        D=query_dim, **many.constants(), **many.options(),
+        D=query_dim, SLOTS=slots_each, **many.constants(), **many.options(),
     )  # fmt: skip
     return scores, slots
 

@@ -150,7 +150,8 @@ class Lists:
     and the parts they are taken from. first_cut, growth: keys after which the lists are cut back
     to the best first, and twice the factor from one cut to the next. fit: how tiles fit the keys
     (see `scoring.tile_from`). upcast: whether to score in float32. precision: of float32 products;
-    "float16x3" is that of numbers in two parts (see `float32_products`).
+    "float16x3" is that of numbers in two parts (see `float32_products`). spare: entries that a row
+    has in memory beside its list, for parts of queries that do not fit into shared memory.
     """
 
     rows: int
@@ -168,6 +169,7 @@ class Lists:
     fit: int
     upcast: bool
     precision: str
+    spare: int
 
     @property
     def in_parts(self) -> bool:
@@ -207,7 +209,7 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
 
     Tall tiles read the keys seldom: 256 rows where they leave no multiprocessor idle, nothing
     spills and the queries fit into shared memory whole, else half of that. float32 is multiplied in
-    two parts where the queries fit so, and where that was found to be faster.
+    two parts on Hopper, and on sm_80 where the queries' fit into registers.
     """
     num_tokens, heads, _ = query.shape
     num_keys, dim = keys.shape[-2:]
@@ -227,15 +229,12 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
     precision = float32_precision(query.device)
     if not on.architecture.startswith("sm_"):
         rows, registers = 64, 0
-    elif (
-        on.architecture in ("sm_80", "sm_90")
-        and takes_float32(query, keys)
-        and log_top < 7
-        and dim <= 256
-    ):
+    elif on.architecture == "sm_90" and takes_float32(query, keys):
+        precision, registers = "float16x3", 128
+        stages = 2 if SHARES_MEMORY else 1
+    elif on.architecture == "sm_80" and takes_float32(query, keys) and log_top < 7 and dim <= 256:
         precision = "float16x3"
-        tile, stages = 32, 2 if SHARES_MEMORY else 1
-        registers = 128 if on.architecture == "sm_90" else 255
+        stages = 2 if SHARES_MEMORY else 1
     elif on.architecture == "sm_90" and size == 2:
         # Sixteen warps on a multiprocessor, whose registers allow no more.
         registers = 128
@@ -245,8 +244,15 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
     elif on.architecture == "sm_80" and size == 2 and log_top < 6 and dim <= 256:
         # Two programs of 64 rows spill nothing, and are no slower than one of 128.
         rows = 64
-    if precision == "float16x3":
+    spare = 0
+    if precision == "float16x3" and log_top < 7 and dim <= 256:
+        tile = 32
         block_d = block_of_dim(dim, 256)
+    elif precision == "float16x3":
+        # The parts of the queries, and their units, are read again for each tile.
+        block_d = block_of_dim(dim, 64)
+        if dim > block_d:
+            spare = triton.cdiv(4 * (triton.cdiv(dim, block_d) * block_d + 1), 8)
     elif size == 4:
         block_d = block_of_dim(dim, 64)
     elif whole(rows, stages):
@@ -280,6 +286,7 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
         fit=2 if num_keys % tile == 0 else int(num_keys >= tile),
         upcast=upcast,
         precision=precision,
+        spare=spare,
     )
 
 

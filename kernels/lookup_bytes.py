@@ -73,8 +73,12 @@ def sort_bytes_at_most(length: int, log_top: int) -> int:
 def list_bytes_at_most(shape: Lists, num_keys: int, top_k: int) -> int:
     """The most that `selection.select` moves of one row's list, whatever the scores."""
     length = 2**shape.log_list
-    # The parts of a query, written and read, and its unit.
-    parts = 8 * shape.block_d + 4 + 8 * 32 * shape.warps // shape.rows if shape.in_parts else 0
+    parts = 0
+    if shape.in_parts:
+        # Of the query, written and read, once or for each tile; and its unit.
+        tiles = triton.cdiv(shape.sample, shape.tile) + triton.cdiv(num_keys, shape.tile)
+        parts = 8 * shape.spare * (1 + tiles) if shape.spare else 8 * shape.block_d
+        parts += 4 + 8 * 32 * shape.warps // shape.rows
     # At most once each time so many keys were seen that a list may be full ...
     sorts = 1 + num_keys // (length - shape.tile - top_k)
     # ... and at the cuts. Each key is appended at most once; a bound is read from four places.

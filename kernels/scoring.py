@@ -6,7 +6,8 @@ of the queries once and of the keys before is handed on in a tuple for each:
     as they are   query: values, pointers, mask         keys: pointer, first key
     in parts      query: first parts, second, units     keys: pointer to parts, first key, to units
 
-The parts of a query are tuples too, of as many columns as are summed at a time.
+The parts of a query are tuples too, of as many columns as are summed at a time; where they do not
+fit into shared memory they stay in memory, and are pointers.
 """
 
 import triton
@@ -78,33 +79,38 @@ def load_query_in_parts(
     """The tuple of the queries at row_ptr [ROWS, 1], in parts.
 
     The parts go through memory at spare_ptr, for of what is loaded the compiler leaves operands in
-    shared memory, and of what is computed in registers. 4 * ROWS * (BLOCK_D + 1) bytes.
+    shared memory, and of what is computed in registers: a row's units and 4 bytes for each column.
     """
     SLICE: tl.constexpr = slice_width(BLOCK_D)
+    WIDTH: tl.constexpr = (KEY_DIM + BLOCK_D - 1) // BLOCK_D * BLOCK_D
     row = tl.arange(0, ROWS)[:, None]
     d = tl.arange(0, SLICE)[None, :]
     query_ptr = row_ptr + d
     most = tl.zeros([ROWS, SLICE], tl.float32)
-    for start in tl.range(0, BLOCK_D, SLICE, num_stages=1):
+    for start in tl.range(0, WIDTH, SLICE, num_stages=1):
         mask = (row < num_rows) & (start + d < KEY_DIM)
         query = tl.load(query_ptr + start, mask=mask, other=0.0).to(tl.float32)
         most = tl.maximum(most, tl.abs(query))
     unit, scale = row_unit(tl.max(most, 1))
-    unit_ptr = spare_ptr.to(tl.pointer_type(tl.float32)) + ROWS * BLOCK_D
+    unit_ptr = spare_ptr.to(tl.pointer_type(tl.float32)) + ROWS * WIDTH
     tl.store(unit_ptr + tl.arange(0, ROWS), unit)
-    part_ptr = spare_ptr.to(tl.pointer_type(tl.float16)) + (row * BLOCK_D + d)
-    for start in tl.range(0, BLOCK_D, SLICE, num_stages=1):
+    part_ptr = spare_ptr.to(tl.pointer_type(tl.float16)) + (row * WIDTH + d)
+    for start in tl.range(0, WIDTH, SLICE, num_stages=1):
         mask = (row < num_rows) & (start + d < KEY_DIM)
         query = tl.load(query_ptr + start, mask=mask, other=0.0).to(tl.float32)
         first, second = split(query * scale[:, None])
         tl.store(part_ptr + start, first)
-        tl.store(part_ptr + (ROWS * BLOCK_D + start), second)
+        tl.store(part_ptr + (ROWS * WIDTH + start), second)
     tl.debug_barrier()
-    firsts = ()
-    seconds = ()
-    for s in tl.static_range(BLOCK_D // SLICE):
-        firsts += (tl.load(part_ptr + s * SLICE),)
-        seconds += (tl.load(part_ptr + (ROWS * BLOCK_D + s * SLICE)),)
+    if WIDTH <= BLOCK_D:
+        firsts = ()
+        seconds = ()
+        for s in tl.static_range(BLOCK_D // SLICE):
+            firsts += (tl.load(part_ptr + s * SLICE),)
+            seconds += (tl.load(part_ptr + (ROWS * WIDTH + s * SLICE)),)
+    else:
+        firsts = part_ptr
+        seconds = part_ptr + ROWS * WIDTH
     unit = tl.load(unit_ptr + thread_rows(ROWS, THREADS))
     tl.debug_barrier()
     return firsts, seconds, unit
@@ -156,12 +162,11 @@ def score_whole_tile(
 @triton.jit
 def score_tile_in_parts(
     query, keys, start, end, KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    THREADS: tl.constexpr, BLOCK_D: tl.constexpr, FIT: tl.constexpr,
+    THREADS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, FIT: tl.constexpr,
 ):  # fmt: skip
     """`score_tile` of numbers in two parts."""
     WIDTH: tl.constexpr = part_width(KEY_DIM)
     SLICE: tl.constexpr = slice_width(BLOCK_D)
-    tl.static_assert(WIDTH <= BLOCK_D)
     firsts, seconds, query_unit = query
     parts_ptr, first_key, units_ptr = keys
     start = tile_from(start, end, TILE, FIT)
@@ -170,14 +175,26 @@ def score_tile_in_parts(
     inside = (column < end - start) | (FIT > 0)
     keys_start = (first_key + start) * (2 * WIDTH)
     place = parts_ptr + ((keys_start + column.to(tl.int64) * (2 * WIDTH)) + d)
-    for s in tl.static_range(BLOCK_D // SLICE):
-        mask = inside & (s * SLICE + d < WIDTH)
-        first = tl.load(place + s * SLICE, mask=mask, other=0.0)
-        second = tl.load(place + (WIDTH + s * SLICE), mask=mask, other=0.0)
-        if s == 0:
-            scores = product_of_parts(firsts[s], seconds[s], first, second)
-        else:
-            scores = add_product_of_parts(scores, firsts[s], seconds[s], first, second)
+    if KEY_DIM <= BLOCK_D:
+        for s in tl.static_range(BLOCK_D // SLICE):
+            mask = inside & (s * SLICE + d < WIDTH)
+            first = tl.load(place + s * SLICE, mask=mask, other=0.0)
+            second = tl.load(place + (WIDTH + s * SLICE), mask=mask, other=0.0)
+            if s == 0:
+                scores = product_of_parts(firsts[s], seconds[s], first, second)
+            else:
+                scores = add_product_of_parts(scores, firsts[s], seconds[s], first, second)
+    else:
+        scores = tl.zeros([ROWS, TILE], tl.float32)
+        for start_d in tl.range(0, WIDTH, SLICE, num_stages=STAGES, disable_licm=True):
+            mask = inside
+            if WIDTH % SLICE > 0:
+                mask &= start_d + d < WIDTH
+            first = tl.load(place + start_d, mask=mask, other=0.0)
+            second = tl.load(place + (WIDTH + start_d), mask=mask, other=0.0)
+            query_first = tl.load(firsts + start_d)
+            query_second = tl.load(seconds + start_d)
+            scores = add_product_of_parts(scores, query_first, query_second, first, second)
     own = thread_columns(ROWS, TILE, THREADS)
     mask = (own < end - start) | (FIT > 0)
     unit = tl.load(units_ptr + ((first_key + start) + own), mask=mask, other=0.0)
@@ -194,7 +211,7 @@ def score_tile(
     """Scores of the tile of keys start .. end (see `tile_from`), in thread form."""
     if PRECISION == "float16x3":
         return score_tile_in_parts(
-            query, keys, start, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, FIT
+            query, keys, start, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STAGES, FIT
         )
     else:
         return score_whole_tile(

@@ -103,7 +103,11 @@ def select(
     LOADED: tl.constexpr = tile_stages(STAGES, KEY_DIM, BLOCK_D)
     row_ptr = query_ptr + tl.arange(0, ROWS)[:, None].to(tl.int64) * row_stride
     if PRECISION == "float16x3":
-        query = load_query_in_parts(row_ptr, num_rows, list_ptr, KEY_DIM, ROWS, THREADS, BLOCK_D)
+        # The lists are still empty, but parts that are read for each tile must not be in them.
+        spare_ptr = list_ptr
+        if KEY_DIM > BLOCK_D:
+            spare_ptr += (LIST + 1) * ROWS
+        query = load_query_in_parts(row_ptr, num_rows, spare_ptr, KEY_DIM, ROWS, THREADS, BLOCK_D)
     else:
         query = load_query(row_ptr, num_rows, KEY_DIM, ROWS, BLOCK_D, UPCAST)
     bound = tl.full([2, THREADS], float("-inf"), tl.float32)

@@ -70,7 +70,11 @@ def test_product(case, path, monkeypatch, guard):
     check(guard, product.product_key_topk_bytes(query, subkeys, top_k))
 
 
-FLAT_CASES = [(3, 2, 96, 700, 20, torch.float32), (130, 1, 64, 1100, 70, torch.bfloat16)]
+FLAT_CASES = [
+    (3, 2, 96, 700, 20, torch.float32),
+    (130, 1, 64, 1100, 70, torch.bfloat16),
+    (20, 1, 300, 200, 20, torch.float32),
+]
 
 
 @pytest.mark.parametrize("path", ["few", "many"])

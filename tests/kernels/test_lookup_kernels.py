@@ -24,6 +24,7 @@ PRODUCT_CASES = [
     (2, 1, 5, 9, 60, FLOAT32, BFLOAT16),
     (2, 1, 40, 300, 256, BFLOAT16, BFLOAT16),
     (4, 1, 24, 200, 100, BFLOAT16, BFLOAT16),
+    (4, 1, 24, 200, 100, FLOAT32, FLOAT32),
     (300, 1, 16, 128, 8, BFLOAT16, BFLOAT16),
     (257, 2, 10, 700, 3, FLOAT16, FLOAT16),
 ]
@@ -32,6 +33,7 @@ FLAT_CASES = [
     (3, 2, 20, 1000, 7, BFLOAT16, BFLOAT16),
     (20, 1, 33, 300, 32, FLOAT32, FLOAT16),
     (5, 1, 300, 90, 90, BFLOAT16, BFLOAT16),
+    (150, 2, 300, 90, 30, FLOAT32, FLOAT32),
     (260, 1, 16, 640, 16, FLOAT16, FLOAT16),
 ]
 
@@ -129,13 +131,14 @@ def test_product_scores_are_accurate(dtype, path, device, guard):
     assert_close_to_oracle(scores, everything.topk(32).values, same.topk(32).values)
 
 
-def test_float32_of_any_scale(path, device, guard):
+@pytest.mark.parametrize("width", [150, 270])
+def test_float32_of_any_scale(width, path, device, guard):
     # Each query and each key of its own, far beyond what a float16 takes.
-    query = torch.randn(9, 2, 150, device=device)
+    query = torch.randn(9, 2, width, device=device)
     query *= torch.logspace(-15, 15, 9, device=device).view(9, 1, 1)
-    keys = torch.randn(2, 70, 150, device=device)
+    keys = torch.randn(2, 70, width, device=device)
     keys *= torch.logspace(-15, 15, 70, device=device)[torch.randperm(70)].view(1, 70, 1)
-    scores, slots = kernels.flat_key_topk(query, keys, 70)
+    scores, slots = kernels.flat_key_topk(query, keys, 60)
     exact = all_flat_scores(query, keys).gather(-1, slots.long())
     same = torch.einsum("thd,hkd->thk", query, keys).gather(-1, slots.long())
     # Relative to what is summed, for sums may nearly cancel.
