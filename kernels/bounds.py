@@ -120,7 +120,7 @@ def first_look(
             STAGES, FIT, UPCAST, PRECISION,
         )  # fmt: skip
         return count_bound(beside(one, other), TOP_K, ROWS, ROUNDS)
-    elif STEP == 64 and PARTS == 2:
+    elif PARTS == 2 and TOP_K <= 32:
         packed = two_maxima(
             query, keys, first_key, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STEP, STAGES, FIT,
             UPCAST, PRECISION,

@@ -57,8 +57,6 @@ def test_gather(tmp_path, architecture):
     assert rows[0]["offsets"] == "1xi32+3xi64"
 
 
-# But for one number the code of "product many 512 of 32".
-SAME_CODE = {"product many 4096 of 32"}
 # What takes long to compile.
 LARGE = ("product many", "product some", "flat many", "product backward many")
 
@@ -109,4 +107,4 @@ def test_every_lookup_has_limits():
 
     for launcher in (product_key_topk, flat_key_topk):
         module = importlib.import_module(launcher.__module__)
-        assert set(module.shipped_configurations()) - SAME_CODE <= set(LIMITS)
+        assert set(module.shipped_configurations()) <= set(LIMITS)
