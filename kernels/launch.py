@@ -1,4 +1,4 @@
-"""The shapes of the lookups and their gradients: tile sizes, warps and programs."""
+"""The shapes of the lookups, and what they depend on: tile sizes, warps and programs."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -344,49 +344,3 @@ def list_programs(query: Tensor, shape: Lists) -> int:
     registers = 8 * triton.cdiv(shape.registers or 128, 8)
     at_once = chip(query.device).multiprocessors * (65536 // (registers * 32 * shape.warps))
     return triton.cdiv(blocks, triton.cdiv(blocks, at_once))
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A product of the gradients: tokens, sub-keys and columns at a time, warps, loads ahead.
-
-    swapped: whether the query's product is made transposed.
-    """
-
-    tokens: int
-    subkeys: int
-    columns: int
-    warps: int
-    stages: int
-    swapped: bool = False
-
-    def constants(self, dim: int, num_subkeys: int, stages: int) -> dict[str, int]:
-        """As the kernels' constants and options, not wider than what there is."""
-        return {
-            "BLOCK_T": self.tokens,
-            "BLOCK_N": max(32, min(self.subkeys, triton.next_power_of_2(num_subkeys))),
-            "BLOCK_D": max(16, min(self.columns, triton.next_power_of_2(dim))),
-            "STAGES": min(self.stages, stages),
-            "num_warps": self.warps,
-        }
-
-
-def choose_blocks(query: Tensor, upcast: bool) -> tuple[Blocks, Blocks]:
-    """The shapes of the two products of the lookup's gradients: the query's and the sub-keys'."""
-    architecture = chip(query.device).architecture
-    amd = not architecture.startswith("sm_")
-    # Whose tensor cores read operands from shared memory, and have memory of their own for sums.
-    tensor_memory = architecture.startswith("sm_10")
-    shared = tensor_memory or architecture == "sm_90"
-    if upcast:
-        of_query = Blocks(128, 32, 128 if shared else 64, 8, 2, shared)
-        of_subkeys = Blocks(32, 128, 64, 8, 2)
-    else:
-        # Where registers hold the sums, so many warps that none spills.
-        warps = 8 if tensor_memory or amd else 16
-        columns = 128 if amd else 256
-        of_query = Blocks(128, 64, columns, warps, 3, shared)
-        of_subkeys = Blocks(32, 128, columns, warps, 3)
-    if query.shape[0] <= 16:
-        of_query = Blocks(16, 64 if upcast else 128, 64, 4, 2, shared)
-    return of_query, of_subkeys
