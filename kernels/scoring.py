@@ -198,7 +198,8 @@ def score_tile_in_parts(
     own = thread_columns(ROWS, TILE, THREADS)
     mask = (own < end - start) | (FIT > 0)
     unit = tl.load(units_ptr + ((first_key + start) + own), mask=mask, other=0.0)
-    unit = query_unit[:, None, :] * unit[None, :, :]
+    # Not infinite, or no product would be zero.
+    unit = tl.minimum(query_unit[:, None, :] * unit[None, :, :], 1.7014118346046923e38)
     return thread_form(scores, ROWS, TILE, THREADS) * unit
 
 

@@ -147,6 +147,15 @@ def test_float32_of_any_scale(width, path, device, guard):
     assert_close_to_oracle((scores / size).float(), exact / size, (same / size).float())
 
 
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_products_beyond_float32(path, device, guard):
+    query = torch.tensor([1e30, 0.0], device=device).view(1, 1, 2)
+    keys = torch.tensor([[0.0, 1e30], [1e30, 0.0], [-1e30, 0.0]], device=device).view(1, 3, 2)
+    scores, slots = kernels.flat_key_topk(query, keys, 3)
+    assert scores.flatten().tolist() == [torch.inf, 0, -torch.inf]
+    assert slots.flatten().tolist() == [1, 0, 2]
+
+
 # What is left of an infinite element.
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("width", [1, 9, 48])
