@@ -28,8 +28,8 @@ def pack_maxima(best):
 def count_bound(packed, LEAST: tl.constexpr, ROWS: tl.constexpr, ROUNDS: tl.constexpr):
     """A score that at least LEAST of each row's maxima reach, and few more; [2, THREADS].
 
-    packed [2, C, THREADS], each two maxima (see `pack_maxima`); LEAST <= 4 * C. Bisection from
-    below may stop anywhere, the bound holds.
+    packed [2, C, THREADS], each two maxima (see `pack_maxima`), of which LEAST is at most half.
+    Bisection from below may stop anywhere, the bound holds.
     """
     upper = packed & -0x10000
     lower = packed << 16
@@ -106,7 +106,7 @@ def first_look(
 ):  # fmt: skip
     """A score that at least TOP_K of the first SAMPLE keys reach, in each row; [2, THREADS].
 
-    By the maxima of PARTS * TILE >= TOP_K groups of them; PARTS is 1, 2 or 4.
+    By the maxima of PARTS * TILE >= 2 * TOP_K groups of them; PARTS is 1, 2 or 4.
     """
     end = tl.minimum(end, first_key + SAMPLE)
     STEP: tl.constexpr = PARTS * TILE
