@@ -44,11 +44,13 @@ def peak_memory(rows: Sequence[Row]) -> Figure | None:
             plain_log_axis(axis, "x", values, [str(value) for value in values])
             axis.set_xlabel("top-k, slots read per head")
         count_axis(axis)
-        low, high = axis.get_ylim()
-        axis.set_ylim(low / 1.5, high * 2)  # room for the legend
         axis.set_ylabel("peak extra memory, MiB")
-        axis.legend(fontsize=7.5, frameon=False)
         captions.append(f"{axis.get_xlabel().split(',')[0]}: {describe(shown[0][0], field)}")
+    # Panels need not show the same series.
+    lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
+    figure.legend(
+        handles=list(lines.values()), loc="outside upper center", ncols=3, fontsize=8, frameon=False
+    )
     add_caption(
         figure,
         "The most memory allocated during a pass above parameters and input; of forward+backward, "
