@@ -39,6 +39,12 @@ def index_of(entry):
 
 
 @triton.jit
+def load_bits(entry_ptr, mask):
+    """The bits of the scores of entries, their upper halves; -inf's where masked."""
+    return tl.load(entry_ptr.to(tl.pointer_type(tl.int32)) + 1, mask=mask, other=-0x800000)
+
+
+@triton.jit
 def ordered_pair(bits, index):
     """The int64 that orders by score, NaN first, then by lower index."""
     key = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, ordered(bits))

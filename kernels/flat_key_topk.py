@@ -31,8 +31,9 @@ def flat_key_topk_kernel(
     num_tokens, num_keys, TOP_K: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr,
     STAGES: tl.constexpr, SLOTS: tl.constexpr, LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr,
-    PARTS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr,
-    GROWTH: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    SETS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr,
+    GROWTH: tl.constexpr, SPECULATE: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS tokens of one head at a time, and its lists."""
     list_ptr += tl.program_id(0).to(tl.int64) * (SLOTS * ROWS)
@@ -55,8 +56,8 @@ def flat_key_topk_kernel(
             keys = (keys_ptr, first_key)
         select(
             query_ptr + first * D, H * D, num_rows, keys, list_ptr, 0, num_keys, TOP_K, D, ROWS,
-            TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_TOP, PARTS, SAMPLE, ROUNDS, FIRST_CUT,
-            GROWTH, FIT, UPCAST, PRECISION,
+            TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_TOP, SETS, SAMPLE, ROUNDS, FIRST_CUT,
+            GROWTH, SPECULATE, FIT, UPCAST, PRECISION,
         )  # fmt: skip
         store_best(
             list_ptr, scores_ptr, slots_ptr, first * TOP_K, num_rows, H * TOP_K, TOP_K, ROWS,

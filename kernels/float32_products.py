@@ -15,11 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.constexpr_function
-def interpreted():
-    """Whether kernels run in Triton's interpreter, which takes no assembly."""
-    return triton.knobs.runtime.interpret
+from .assembly import plus
 
 
 @triton.constexpr_function
@@ -49,17 +45,6 @@ def split(x):
     """Both float16 parts of numbers below 2 ** 15. Of infinite ones the second is NaN."""
     first = x.to(tl.float16)
     return first, (x - first.to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
-def plus(a, b):
-    """a + b, as written: the compiler would start the product b from a, and round at each step."""
-    if interpreted():
-        return a + b
-    else:
-        return tl.inline_asm_elementwise(
-            "add.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=False, pack=1
-        )
 
 
 @triton.jit

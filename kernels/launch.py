@@ -146,12 +146,14 @@ class Lists:
 
     rows: queries of a program. tile, block_d: keys and elements of them scored at a time.
     warps, stages, registers: of a program, of its loads, and of a thread. log_list, log_top: of
-    the lengths of a list and of its sorted part. sample, parts: keys looked at first for a bound,
-    and the parts they are taken from. first_cut, growth: keys after which the lists are cut back
-    to the best first, and twice the factor from one cut to the next. fit: how tiles fit the keys
-    (see `scoring.tile_from`). upcast: whether to score in float32. precision: of float32 products;
-    "float16x3" is that of numbers in two parts (see `float32_products`). spare: entries that a row
-    has in memory beside its list, for parts of queries that do not fit into shared memory.
+    the lengths of a list and of its sorted part. sample, sets: keys looked at first for a bound,
+    and sets of groups of them whose maxima are kept. first_cut, growth: keys after which the lists
+    are cut back to the best first, and twice the factor from one cut to the next. speculate:
+    whether bounds may be too high, if that is improbable; then lists are not cut, but looked at for
+    a better one. fit: how tiles fit the keys (see `scoring.tile_from`). upcast: whether to score in
+    float32. precision: of float32 products; "float16x3" is that of numbers in two parts (see
+    `float32_products`). spare: entries that a row has in memory beside its list, for parts of
+    queries that do not fit into shared memory.
     """
 
     rows: int
@@ -162,10 +164,11 @@ class Lists:
     log_top: int
     stages: int
     registers: int
-    parts: int
+    sets: int
     sample: int
     first_cut: int
     growth: int
+    speculate: bool
     fit: int
     upcast: bool
     precision: str
@@ -186,11 +189,12 @@ class Lists:
             "STAGES": self.stages,
             "LOG_LIST": self.log_list,
             "LOG_TOP": self.log_top,
-            "PARTS": self.parts,
+            "SETS": self.sets,
             "SAMPLE": self.sample,
             "ROUNDS": ROUNDS,
             "FIRST_CUT": self.first_cut,
             "GROWTH": self.growth,
+            "SPECULATE": self.speculate,
             "FIT": self.fit,
             "UPCAST": self.upcast,
             "PRECISION": self.precision,
@@ -264,19 +268,27 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
             block_d //= 2
     # So that there are twice as many maxima as are wanted, or four times: then a sixth fewer keys
     # reach the bound, which is worth a longer bisection where what is appended limits.
-    parts = 64 // tile * 2 ** max(0, log_top - 5) if log_top < 8 else 0
+    sets = 64 // tile * 2 ** max(0, log_top - 5) if log_top < 8 else 0
     busy = 2 * triton.cdiv(num_tokens, rows) * heads >= on.multiprocessors
     if (
         on.architecture == "sm_90" and size == 2 and busy and log_top < 6
         and num_keys <= 1024 and num_keys % tile == 0
     ):  # fmt: skip
-        parts = 2
+        sets = 2
     # Few of a small codebook are worth a bound, but not after many of them.
     sample = 512 if num_keys <= 512 else 1024
     if log_top < 6:
         cut, growth = (1664, 5) if sample == 1024 else (1024, 5)
     else:
         cut, growth = 512, 3
+    # Of a few of many keys the bounds that are sure come late, or cost too many scores. Triton 3.6
+    # would look at lists through shared memory, of which there is too little left.
+    speculate = log_top < 6 and num_keys > 1024 and SHARES_MEMORY
+    if speculate:
+        sample, cut, growth = 512, 640, 4
+        if rows == 256 and stages == 2 and block_d == dim:
+            # As much shared memory, and half the instructions for a tensor core's operands.
+            tile, stages = 128, 1
     return Lists(
         rows=rows,
         tile=tile,
@@ -287,10 +299,11 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
         log_top=log_top,
         stages=stages,
         registers=registers,
-        parts=parts,
+        sets=sets,
         sample=sample,
         first_cut=cut,
         growth=growth,
+        speculate=speculate,
         fit=2 if num_keys % tile == 0 else int(num_keys >= tile),
         upcast=upcast,
         precision=precision,
@@ -303,14 +316,16 @@ class Sums:
     """How the best sums of two halves are found (see `pairs`).
 
     log_pairs, log_list, log_top: of the numbers of pairs of ranks, of sums a list has room for,
-    and of its sorted part. slots: of all that a row has in memory. apart: the shape of a launch of
-    its own; None where it is the lookup's.
+    and of its sorted part. slots: of all that a row has in memory. keep: whether the first half's
+    best stay there, or wait where the result will be. apart: the shape of a launch of its own; None
+    where it is the lookup's.
     """
 
     log_pairs: int
     log_list: int
     log_top: int
     slots: int
+    keep: bool
     apart: Lists | None
 
 
@@ -323,15 +338,17 @@ def choose_sums(many: Lists, top_k: int, num_pairs: int) -> Sums:
     log_list = min(log_pairs, log_top + 3 if log_top <= 8 else log_top + 1)
     best = 2**many.log_top
     if many.log_top < 7 and not many.in_parts:
-        slots = max(2**many.log_list, 2 * best + 2**log_list) + 1
-        return Sums(log_pairs, log_list, log_top, slots, None)
+        # Kept, they take no traffic, but memory that counts beside small codebooks.
+        keep = many.speculate
+        slots = max(best * keep + 2**many.log_list, 2 * best + 2**log_list) + 1
+        return Sums(log_pairs, log_list, log_top, slots, keep, None)
     # What the two have to keep beside each other would spill. Small programs, for one list that is
     # too long, or not exact, makes all dearer that are sorted with it; but long lists need threads.
     if log_top <= 8:
         apart = replace(many, rows=32, warps=4)
     else:
         apart = replace(many, rows=128, warps=16, registers=min(many.registers, 128))
-    return Sums(log_pairs, log_list, log_top, 2 * best + 2**log_list + 1, apart)
+    return Sums(log_pairs, log_list, log_top, 2 * best + 2**log_list + 1, False, apart)
 
 
 def list_programs(query: Tensor, shape: Lists) -> int:

@@ -12,6 +12,7 @@ from .entries import (
     bits_of,
     entry_of,
     index_of,
+    load_bits,
     narrow_key,
     narrow_rank,
     narrow_score,
@@ -27,12 +28,6 @@ def store_head(list_ptr, bound, count, row, ROWS: tl.constexpr, LOG_LIST: tl.con
     """Store the heads of the lists of some rows: what their best reach, and their lengths."""
     head = ordered(bound.to(tl.int32, bitcast=True)).to(tl.int64) << 32
     tl.store(list_ptr + 2**LOG_LIST * ROWS + row, head | count.to(tl.int64))
-
-
-@triton.jit
-def load_bits(entry_ptr, mask):
-    """The bits of the scores of entries, their upper halves; -inf's where masked."""
-    return tl.load(entry_ptr.to(tl.pointer_type(tl.int32)) + 1, mask=mask, other=-0x800000)
 
 
 @triton.jit
@@ -80,8 +75,8 @@ def sort_wide(
 @triton.jit
 def sort_narrow(
     list_ptr, first_row, TOP_K: tl.constexpr, ROWS: tl.constexpr, LOG_LIST: tl.constexpr,
-    LOG_SIZE: tl.constexpr, LOG_TOP: tl.constexpr, EACH: tl.constexpr, HIGH: tl.constexpr,
-    LOW: tl.constexpr,
+    LOG_SIZE: tl.constexpr, LOG_TOP: tl.constexpr, SPECULATE: tl.constexpr, EACH: tl.constexpr,
+    HIGH: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """Sort HIGH * LOW lists by narrow keys, if that is exact for all of them; whether it was."""
     LANES: tl.constexpr = 2**LOG_SIZE // EACH
@@ -97,6 +92,11 @@ def sort_narrow(
     LOG_RANK: tl.constexpr = LOG_SIZE - LOG_SHARED
     key, exact = narrow_key(load_bits(place, mask), bits_of(head), LOG_SIZE, LOG_SHARED)
     exact = exact & (length <= 2**LOG_SIZE)
+    if SPECULATE:
+        # A key below the bound does not say where it came from.
+        reach = (key != -0x80000000).to(tl.int32)
+        reach = tl.sum(tl.sum(reach, 0, keep_dims=True), 2, keep_dims=True)
+        exact = exact & (reach >= tl.minimum(length, TOP_K))
     all_exact = tl.min(exact.to(tl.int32)) != 0
     if all_exact:
         best_key = sort_top(key, LOG_SIZE, LOG_TOP)
@@ -123,7 +123,8 @@ def most_keys(log_top):
 @triton.jit
 def sort_longer(
     list_ptr, first_list, TOP_K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    LOG_LIST: tl.constexpr, LOG_LONG: tl.constexpr, LOG_TOP: tl.constexpr, LISTS: tl.constexpr,
+    LOG_LIST: tl.constexpr, LOG_LONG: tl.constexpr, LOG_TOP: tl.constexpr,
+    SPECULATE: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     """Sort LISTS lists as `sort_lists` does: by narrow keys up to 2 ** LOG_LONG, else by all."""
     EACH: tl.constexpr = keys_each(LOG_TOP, most_keys(LOG_TOP), LISTS, LOG_LONG, WARPS)
@@ -137,7 +138,8 @@ def sort_longer(
         # Narrow keys of more ranks would seldom be exact.
         if LOG_LONG <= 8:
             done = sort_narrow(
-                list_ptr, first_row, TOP_K, ROWS, LOG_LIST, LOG_LONG, LOG_TOP, EACH, HIGH, LOW
+                list_ptr, first_row, TOP_K, ROWS, LOG_LIST, LOG_LONG, LOG_TOP, SPECULATE, EACH,
+                HIGH, LOW,
             )  # fmt: skip
         if not done:
             sort_wide(
@@ -150,12 +152,13 @@ def sort_longer(
 def sort_lists(
     list_ptr, longest, TOP_K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
     LOG_LIST: tl.constexpr, LOG_SHORT: tl.constexpr, LOG_TOP: tl.constexpr,
+    SPECULATE: tl.constexpr,
 ):  # fmt: skip
     """Leave the TOP_K best entries of each list, the longest of which has `longest`, at its start.
 
     In order. TOP_K <= 2 ** LOG_TOP, LOG_SHORT <= LOG_LIST. Nearly always the lists are no longer
     than 2 ** LOG_SHORT, and their scores so near each other that an int32 orders them exactly, far
-    cheaper to sort than an int64.
+    cheaper to sort than an int64. SPECULATE: whether fewer than TOP_K may reach a list's bound.
     """
     EACH: tl.constexpr = keys_each(LOG_TOP, most_keys(LOG_TOP), ROWS, LOG_SHORT, WARPS)
     LANES: tl.constexpr = 2**LOG_SHORT // EACH
@@ -170,8 +173,8 @@ def sort_lists(
         if NARROW:  # noqa: SIM102 (known to the compiler, unlike the next)
             if done:
                 done = sort_narrow(
-                    list_ptr, first_row, TOP_K, ROWS, LOG_LIST, LOG_SHORT, LOG_TOP, EACH, HIGH,
-                    LOW,
+                    list_ptr, first_row, TOP_K, ROWS, LOG_LIST, LOG_SHORT, LOG_TOP, SPECULATE,
+                    EACH, HIGH, LOW,
                 )  # fmt: skip
         if MANY:  # noqa: SIM102
             # Their scores are often too far from each other.
@@ -188,7 +191,7 @@ def sort_lists(
             if not done:
                 sort_longer(
                     list_ptr, first_row, TOP_K, ROWS, WARPS, LOG_LIST,
-                    min(LOG_LIST, LOG_SHORT + 1), LOG_TOP, HIGH * LOW,
+                    min(LOG_LIST, LOG_SHORT + 1), LOG_TOP, SPECULATE, HIGH * LOW,
                 )  # fmt: skip
 
 

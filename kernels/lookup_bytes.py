@@ -39,13 +39,16 @@ def select_bytes(
 ) -> dict[str, int]:
     """What `selection.select` moves of the query and the keys; the arguments as `split_bytes`'s.
 
+    Where it speculates, what it moves if it need not go through the keys again.
+
     Of keys in parts it is what is read of the parts, and of the units.
     """
     # Looked at first, for a bound, and then all.
-    looked_at = min(num_keys, shape.sample) if shape.parts else 0
-    tiles = triton.cdiv(looked_at, shape.tile) + triton.cdiv(num_keys, shape.tile)
+    looked_at = min(num_keys, shape.sample) if shape.sets else 0
+    look = min(shape.tile, 64)
+    looks, tiles = triton.cdiv(looked_at, look), triton.cdiv(num_keys, shape.tile)
     # The last tile is whole, unless there are fewer keys.
-    scored = tiles * shape.tile if shape.fit else looked_at + num_keys
+    scored = looks * look + tiles * shape.tile if shape.fit else looked_at + num_keys
     blocks = triton.cdiv(num_tokens, shape.rows)
     if shape.in_parts:
         return {
@@ -57,7 +60,7 @@ def select_bytes(
         }
     return {
         # Kept if it fits, else read again for every tile.
-        "query": (tiles if key_dim > shape.block_d else 1)
+        "query": (looks + tiles if key_dim > shape.block_d else 1)
         * num_tokens * heads * key_dim * sizes[0],
         "keys": blocks * heads * scored * key_dim * sizes[1],
     }  # fmt: skip
@@ -81,9 +84,13 @@ def list_bytes_at_most(shape: Lists, num_keys: int, top_k: int) -> int:
         parts += 4 + 8 * 32 * shape.warps // shape.rows
     # At most once each time so many keys were seen that a list may be full ...
     sorts = 1 + num_keys // (length - shape.tile - top_k)
-    # ... and at the cuts. Each key is appended at most once; a bound is read from four places.
+    # ... and at the cuts, where it does not look at no more than 128 entries instead.
+    looks = 0
     cut = shape.first_cut
     while cut < num_keys:
-        sorts += 1
+        looks += shape.speculate
+        sorts += not shape.speculate
         cut = cut * shape.growth // (2 * shape.tile) * shape.tile
-    return parts + 8 * num_keys + sorts * (sort_bytes_at_most(length, shape.log_top) + 32)
+    # Each key is appended at most once; a bound is read from four places.
+    once = 8 * num_keys + sorts * (sort_bytes_at_most(length, shape.log_top) + 32) + looks * 512
+    return (parts + once) * (2 if shape.speculate else 1)

@@ -11,9 +11,18 @@ Entry a of row r of the first half is at first_ptr + a * ROWS + r, likewise the 
 import triton
 import triton.language as tl
 
-from .entries import index_of, narrow_key, narrow_rank, narrow_score, ordered, score_of
-from .lists import load_bits, rows_at_once
-from .selection import append, cut_lists
+from .appending import append
+from .entries import (
+    index_of,
+    load_bits,
+    narrow_key,
+    narrow_rank,
+    narrow_score,
+    ordered,
+    score_of,
+)
+from .lists import rows_at_once
+from .selection import cut_lists
 from .sorting import keys_each, lists_a_warp, sort_rows, sort_top, warps_of_lists
 from .thread_form import thread_columns, thread_rows
 
@@ -191,8 +200,8 @@ def combine_by_lists(
             start = stop
             longest = tl.max(count)
             if (start >= num_pairs) | (longest > 2**LOG_SUMS - TILE):
-                bound, count = cut_lists(
-                    list_ptr, bound, count, TOP_K, ROWS, WARPS, LOG_SUMS, LOG_SHORT, LOG_TOP
+                bound, count, _short = cut_lists(
+                    list_ptr, bound, count, TOP_K, ROWS, WARPS, LOG_SUMS, LOG_SHORT, LOG_TOP, False
                 )  # fmt: skip
                 longest = TOP_K
     else:
@@ -200,7 +209,7 @@ def combine_by_lists(
             first_ptr, second_ptr, list_ptr, pairs_ptr, spoilt, bound, count, 0, num_pairs,
             num_pairs, ROWS, TILE, THREADS,
         )  # fmt: skip
-        cut_lists(list_ptr, bound, count, TOP_K, ROWS, WARPS, LOG_SUMS, LOG_SHORT, LOG_TOP)
+        cut_lists(list_ptr, bound, count, TOP_K, ROWS, WARPS, LOG_SUMS, LOG_SHORT, LOG_TOP, False)
     LISTS: tl.constexpr = rows_at_once(min(ROWS, 32), LOG_TOP, WARPS)
     rank = tl.arange(0, 2**LOG_TOP)[None, :]
     for first_row in tl.range(0, ROWS, LISTS, num_stages=1):

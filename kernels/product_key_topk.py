@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .assembly import opaque
 from .entries import bits_of, ordered_pair
 from .flat_key_topk import flat_key_topk, flat_key_topk_bytes
 from .launch import (
@@ -40,10 +41,10 @@ def product_key_topk_kernel(
     num_tokens, num_subkeys, num_pairs, TOP_K: tl.constexpr, HALF_K: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, SLOTS: tl.constexpr,
-    LOG_LIST: tl.constexpr, LOG_PAIRS: tl.constexpr, LOG_SUMS: tl.constexpr,
-    LOG_HALF_TOP: tl.constexpr, LOG_TOP: tl.constexpr, PARTS: tl.constexpr, SAMPLE: tl.constexpr,
-    ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr, GROWTH: tl.constexpr, FIT: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr, LOG_LIST: tl.constexpr, LOG_PAIRS: tl.constexpr, LOG_SUMS: tl.constexpr,
+    LOG_HALF_TOP: tl.constexpr, LOG_TOP: tl.constexpr, SETS: tl.constexpr, SAMPLE: tl.constexpr,
+    ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr, GROWTH: tl.constexpr, SPECULATE: tl.constexpr,
+    FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS tokens of one head at a time, and its lists."""
     BEST: tl.constexpr = 2**LOG_HALF_TOP * ROWS
@@ -66,23 +67,32 @@ def product_key_topk_kernel(
             book = tl.cast(head * 2 + half, tl.int64) * num_subkeys
             select(
                 query_ptr + (first * 2 + half) * D, 2 * H * D, num_rows, (subkeys_ptr, book),
-                list_ptr, 0, num_subkeys, HALF_K, D, ROWS, TILE, BLOCK_D, WARPS, STAGES, LOG_LIST,
-                LOG_HALF_TOP, PARTS, SAMPLE, ROUNDS, FIRST_CUT, GROWTH, FIT, UPCAST, PRECISION,
+                list_ptr + (half * BEST if KEEP else 0), 0, num_subkeys, HALF_K, D, ROWS, TILE,
+                BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_HALF_TOP, SETS, SAMPLE, ROUNDS, FIRST_CUT,
+                GROWTH, SPECULATE, FIT, UPCAST, PRECISION,
             )  # fmt: skip
-            if half == 0:
+            if half == 0 and not KEEP:
                 # Where the result will be written, so that it takes no memory of its own.
                 store_best(
                     list_ptr, scores_ptr, slots_ptr, first * TOP_K, num_rows, H * TOP_K, HALF_K,
                     ROWS, WARPS, LOG_HALF_TOP,
                 )  # fmt: skip
                 tl.debug_barrier()
-        load_best(
-            list_ptr + BEST, scores_ptr, slots_ptr, first * TOP_K, num_rows, H * TOP_K, HALF_K,
-            ROWS, WARPS, LOG_HALF_TOP,
-        )  # fmt: skip
-        tl.debug_barrier()
+        if KEEP:
+            best_ptr = opaque(list_ptr)
+            first_ptr = best_ptr
+            second_ptr = best_ptr + BEST
+        else:
+            best_ptr = list_ptr
+            first_ptr = best_ptr + BEST
+            second_ptr = best_ptr
+            load_best(
+                first_ptr, scores_ptr, slots_ptr, first * TOP_K, num_rows, H * TOP_K, HALF_K, ROWS,
+                WARPS, LOG_HALF_TOP,
+            )  # fmt: skip
+            tl.debug_barrier()
         combine(
-            list_ptr + BEST, list_ptr, list_ptr + 2 * BEST, pairs_ptr, scores_ptr, slots_ptr,
+            first_ptr, second_ptr, best_ptr + 2 * BEST, pairs_ptr, scores_ptr, slots_ptr,
             first * TOP_K, num_rows, num_subkeys, num_pairs, H * TOP_K, TOP_K, HALF_K, ROWS, WARPS,
             LOG_PAIRS, LOG_SUMS, LOG_HALF_TOP, LOG_TOP,
         )  # fmt: skip
@@ -219,7 +229,7 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
         lists = new_lists(query, many, sums)
         product_key_topk_kernel[(len(lists),)](
             query, subkeys, scores, slots, lists, num_tokens, num_subkeys, num_pairs, D=half_dim,
-            SLOTS=sums.slots, **many.constants() | constants, **many.options(),
+            SLOTS=sums.slots, KEEP=sums.keep, **many.constants() | constants, **many.options(),
         )  # fmt: skip
         return scores, slots
     half_scores, half_slots = flat_key_topk(halves, books, per_half)
@@ -270,8 +280,8 @@ def product_key_topk_bytes(query: Tensor, subkeys: Tensor, top_k: int) -> dict[s
             "lists": moved["lists"] + lists,
         }
     moved = select_bytes(many, num_tokens, 2 * heads, num_subkeys, half_dim, sizes)
-    # The first half's best wait there.
-    waiting = 2 * 4 * num_tokens * heads * per_half
+    # The first half's best wait there, or among the lists.
+    waiting = 0 if sums.keep else 2 * 4 * num_tokens * heads * per_half
     rows = triton.cdiv(num_tokens, many.rows) * many.rows * heads
     lists = 2 * rows * list_bytes_at_most(many, num_subkeys, per_half)
     return moved | {

@@ -132,12 +132,13 @@ def score_whole_tile(
     d = tl.arange(0, BLOCK_D)
     inside = (column < end - start) | (FIT > 0)
     if KEY_DIM <= BLOCK_D:
-        mask = inside & (d[:, None] < KEY_DIM)
-        tile = tl.load(
-            keys_ptr + ((keys_start + column.to(tl.int64) * KEY_DIM) + d[:, None]),
-            mask=mask,
-            other=0.0,
-        )
+        offset = column.to(tl.int64) * KEY_DIM
+        if FIT > 0 and KEY_DIM == BLOCK_D:
+            # With a mask, even of all, registers would first be filled with zeros.
+            tile = tl.load((keys_ptr + keys_start) + (offset + d[:, None]))
+        else:
+            mask = inside & (d[:, None] < KEY_DIM)
+            tile = tl.load(keys_ptr + ((keys_start + offset) + d[:, None]), mask=mask, other=0.0)
         if UPCAST:
             tile = tile.to(tl.float32)
         scores = tl.dot(query, tile, input_precision=PRECISION)

@@ -174,7 +174,8 @@ def compile_launch(
     else:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=target, options=options)
+    with _driver_of(target):
+        compiled = triton.compile(source, target=target, options=options)
     row = {
         "kernel": kernel.__name__,
         "architecture": architecture,
@@ -184,6 +185,24 @@ def compile_launch(
     }
     describe = _describe_amd if architecture.startswith("gfx") else _describe_nvidia
     return row | describe(compiled, architecture)
+
+
+@contextmanager
+def _driver_of(target: Any) -> Iterator[None]:
+    """Have kernels that ask what they are compiled for be told, whatever there is to run them."""
+    from triton.runtime import driver
+
+    class Driver:
+        def get_current_target(self) -> Any:
+            return target
+
+    chosen: Any = driver
+    chosen.set_active(Driver())
+    try:
+        yield
+    finally:
+        # Chosen when next asked for; `reset_active` would choose now, and there may be none.
+        chosen.set_active(None)
 
 
 def offset_widths(ttir: str) -> str:

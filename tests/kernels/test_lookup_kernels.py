@@ -27,6 +27,8 @@ PRODUCT_CASES = [
     (4, 1, 24, 200, 100, FLOAT32, FLOAT32),
     (300, 1, 16, 128, 8, BFLOAT16, BFLOAT16),
     (257, 2, 10, 700, 3, FLOAT16, FLOAT16),
+    (20, 1, 12, 2050, 32, BFLOAT16, BFLOAT16),
+    (20, 1, 12, 1090, 5, FLOAT32, FLOAT32),
 ]
 FLAT_CASES = [
     (1, 1, 8, 1, 1, FLOAT32, FLOAT32),
@@ -95,6 +97,59 @@ def test_warps_that_share_rows_are_exact(top_k, monkeypatch, device, guard):
     subkeys = small_integers(1, 2, 200, 8, device=device)
     scores, slots = kernels.product_key_topk(query, subkeys, top_k)
     assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
+
+
+@pytest.mark.parametrize("num_subkeys", [128, 1300])
+def test_tall_tiles_are_exact(num_subkeys, monkeypatch, device, guard):
+    product = importlib.import_module("pkm_triton.kernels.product_key_topk")
+    chosen, chip = launch.choose_lists, launch.chip
+
+    def choose(*args):
+        shape = chosen(*args)
+        return dataclasses.replace(shape, tile=128, stages=1, log_list=9, fit=1)
+
+    monkeypatch.setattr(product, "choose_lists", choose)
+    monkeypatch.setattr(
+        launch, "chip", lambda device: dataclasses.replace(chip(device), multiprocessors=2)
+    )
+    query = small_integers(20, 1, 16, dtype=BFLOAT16, device=device)
+    subkeys = small_integers(1, 2, num_subkeys, 8, dtype=BFLOAT16, device=device)
+    scores, slots = kernels.product_key_topk(query, subkeys, 20)
+    assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
+
+
+def falling(num_keys, best, device):
+    """Scores from the key `best` on, each far enough below the last to tell by a few bits."""
+    keys = torch.logspace(20, -18, num_keys, device=device)
+    return keys.roll(best).bfloat16().view(1, num_keys, 1)
+
+
+# Bounds guessed from the keys looked at first, or later from all so far, are too high.
+@pytest.mark.parametrize("best", [0, 628, 3900])
+def test_keys_in_order_of_their_scores(best, path, device, guard):
+    keys = falling(4000, best, device).float()
+    # Of some queries only, and beside absent ones.
+    query = torch.tensor([1.0, -1.0, 0.5, 2.0, 0.0], device=device).view(5, 1, 1)
+    scores, slots = kernels.flat_key_topk(query, keys, 16)
+    assert_selects_exactly(scores, slots, all_flat_scores(query, keys))
+
+
+def test_subkeys_in_order_of_their_scores(path, device, guard):
+    subkeys = falling(2100, 0, device).unsqueeze(1).expand(1, 2, -1, 1).contiguous()
+    query = torch.tensor([1.0, -1.0], device=device).bfloat16().view(2, 1, 1).expand(2, 1, 2)
+    scores, slots = kernels.product_key_topk(query.contiguous(), subkeys, 16)
+    assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_infinite_and_missing_scores_of_many_keys(path, device, guard):
+    keys = torch.randn(1, 1500, 1, device=device).bfloat16()
+    keys[0, ::50], keys[0, 1::3] = torch.inf, -torch.inf
+    query = torch.tensor([1.0, -1.0, torch.nan], device=device).view(3, 1, 1).bfloat16()
+    scores, slots = kernels.flat_key_topk(query, keys, 32)
+    assert_selects_exactly(scores[:2], slots[:2], all_flat_scores(query[:2], keys))
+    assert scores[2].isnan().all()
+    assert_distinct(slots, 1500)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

@@ -113,6 +113,22 @@ def check_flat_scores_far_apart(mutant):
     assert torch.equal(scores[0, 0], keys.flatten().topk(32).values)
 
 
+def check_negative_scores_near_each_other(mutant):
+    # So near that half of their bits say nothing.
+    keys = (-1 - 2.0**-20 * torch.randperm(600)).view(1, 600, 1)
+    scores, _ = on_chip(mutant, 1).flat_key_topk(torch.ones(1, 1, 1), keys, 30)
+    assert torch.equal(scores[0, 0], -1 - 2.0**-20 * torch.arange(30.0))
+
+
+def check_keys_in_order_of_their_scores(mutant):
+    # A bound guessed from the first of them is too high; of the next, one raised.
+    query = torch.ones(1, 1, 1)
+    for best in (0, 628):
+        keys = torch.logspace(20, -18, 4000).bfloat16().float()
+        scores, _ = on_chip(mutant, 1).flat_key_topk(query, keys.roll(best).view(1, 4000, 1), 16)
+        assert torch.equal(scores[0, 0], keys[:16])
+
+
 def check_flat_of_equal_scores(mutant):
     keys = torch.randn(1, 300, 2)
     scores, slots = on_chip(mutant, 1).flat_key_topk(torch.zeros(1, 1, 2), keys, 5)
@@ -184,11 +200,34 @@ MUTATIONS = {
         check_slot_out_of_range,
     ),
     "lost tie": (
-        "selection.py", "~(scores_0 < bound_0[None, :])", "~(scores_0 <= bound_0[None, :])",
+        "appending.py", "~(scores < bound[None, :])", "~(scores <= bound[None, :])",
+        check_flat_of_equal_scores,
+    ),
+    "tie not counted": (
+        "assembly.py", "tl.where(x < bound, 0.0, 1.0)", "tl.where(x <= bound, 0.0, 1.0)",
         check_flat_of_equal_scores,
     ),
     "bound above the k-th best": (
-        "bounds.py", "ROWS) >= LEAST", "ROWS) >= LEAST // 2", check_flat_of_distinct_scores,
+        "bounds.py", "ROWS) >= least", "ROWS) >= least // 2", check_flat_of_distinct_scores,
+    ),
+    "maxima rounded up": (
+        "bounds.py", "(bits >> 31) & 0xFFFF", "(bits >> 31) & 0",
+        check_negative_scores_near_each_other,
+    ),
+    "guessed bound not checked": (
+        "selection.py", "tl.max(short.to(tl.int32)) > 0", "tl.max(short.to(tl.int32)) > 1",
+        check_keys_in_order_of_their_scores,
+    ),
+    "raised bound not checked": (
+        "selection.py", "(count < TOP_K) | (last < bound)", "count < TOP_K",
+        check_keys_in_order_of_their_scores,
+    ),
+    "bound guessed again": (
+        "selection.py", "turn > 0,", "turn > 1,", check_keys_in_order_of_their_scores,
+    ),
+    "bound raised too far again": (
+        "selection.py", "tl.where(sure, TOP_K, likely_enough(", "tl.where(sure, 9, likely_enough(",
+        check_keys_in_order_of_their_scores,
     ),
     "threads of a row append to the same slots": (
         "thread_form.py", "before += tl.where", "before -= tl.where", check_product_with_ties,
@@ -209,7 +248,7 @@ MUTATIONS = {
         "total = total", check_float32_is_accurate,
     ),
     "parts of queries among the lists": (
-        "selection.py", "spare_ptr += (LIST + 1) * ROWS", "spare_ptr += 0",
+        "selection.py", "spare_ptr += (2**LOG_LIST + 1) * ROWS", "spare_ptr += 0",
         check_float32_is_accurate,
     ),
     "units and their reciprocals": (
@@ -243,6 +282,10 @@ MUTATIONS = {
     ),
     "narrow keys that overflow": (
         "entries.py", "< 2 ** (32 - LOG_RANK)", "< 2**32 - 1", check_flat_scores_far_apart,
+    ),
+    "fewer above the bound than are wanted": (
+        "lists.py", "exact & (reach >= tl.minimum(length, TOP_K))", "exact",
+        check_keys_in_order_of_their_scores,
     ),
     "neighbours that share a rank": (
         "entries.py", "exact & (same < bound)", "exact", check_many_of_equal_scores,
