@@ -29,12 +29,14 @@ def append_rows(
         kept = tl.where(inside, kept, 0.0)
         mask &= inside
     before, total = threads_before(tl.sum(kept, 0), ROWS)
-    # Counts on top of 2 ** 23 are those of its bits: addresses need no conversion.
+    # Counts on top of 2 ** 23 are those of its bits: addresses need no conversion, and only where
+    # a list starts.
     own = tl.arange(0, scores.shape[0])[:, None]
-    counted = tl.cumsum(tl.where(own == 0, kept + 8388608.0, kept), 0).to(tl.int32, bitcast=True)
-    thread_ptr = list_ptr - (0x4B000000 + 1) * ROWS
-    thread_ptr += (count + before.to(tl.int32)) * ROWS + row
-    place = thread_ptr[None, :] + counted.to(tl.int64) * ROWS
+    first = (count + before.to(tl.int32) + 0x4B000000).to(tl.float32, bitcast=True)
+    counted = tl.cumsum(tl.where(own == 0, kept + first[None, :], kept), 0)
+    slot = counted.to(tl.int32, bitcast=True).to(tl.int64)
+    thread_ptr = (list_ptr - (0x4B000000 + 1) * ROWS) + row
+    place = thread_ptr[None, :] + slot * ROWS
     place32 = place.to(tl.pointer_type(tl.int32))[:, :, None] + tl.arange(0, 2)[None, None, :]
     both = tl.join(index, scores.to(tl.int32, bitcast=True))
     tl.store(place32, both, mask=mask[:, :, None])

@@ -91,14 +91,14 @@ def raise_bound(
 
 @triton.jit
 def tile_maxima(
-    query, keys, first_key, end, KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    THREADS: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    query, keys, first_key, end, step, KEY_DIM: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, THREADS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The maxima, packed, of TILE groups of keys: those of a tile every STEP keys."""
+    """The maxima, packed, of TILE groups of keys: those of a tile every `step` keys."""
     best = tl.full([2, TILE * ROWS // (2 * THREADS), THREADS], float("-inf"), tl.float32)
     for start in tl.range(
-        first_key, end, STEP, num_stages=tile_stages(STAGES, KEY_DIM, BLOCK_D), disable_licm=True
+        first_key, end, step, num_stages=tile_stages(STAGES, KEY_DIM, BLOCK_D), disable_licm=True
     ):
         scores = score_tile(
             query, keys, start, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STAGES, FIT, UPCAST,
@@ -120,17 +120,17 @@ def beside(a, b):
 
 @triton.jit
 def two_maxima(
-    query, keys, first_key, end, KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    THREADS: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    query, keys, first_key, end, step, apart, KEY_DIM: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, THREADS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`tile_maxima` of the tiles every STEP keys and of those next to them."""
+    """`tile_maxima` of the tiles every `step` keys and of those `apart` from them."""
     one = tile_maxima(
-        query, keys, first_key, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STEP, STAGES, FIT,
+        query, keys, first_key, end, step, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STAGES, FIT,
         UPCAST, PRECISION,
     )  # fmt: skip
     other = tile_maxima(
-        query, keys, first_key + TILE, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STEP, STAGES,
+        query, keys, first_key + apart, end, step, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STAGES,
         FIT, UPCAST, PRECISION,
     )  # fmt: skip
     return beside(one, other)
@@ -141,29 +141,39 @@ def first_look(
     query, keys, first_key, end, least, TOP_K: tl.constexpr, KEY_DIM: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, THREADS: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr, SETS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr,
-    FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    SPREAD: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A score that at least `least` <= TOP_K of the first SAMPLE keys reach; [2, THREADS].
+    """A score that at least `least` <= TOP_K of SAMPLE keys reach; [2, THREADS].
 
-    By the maxima of SETS * TILE >= 2 * TOP_K groups of them; SETS is 1, 2 or 4, and a set's groups
-    are those of every SETS-th tile.
+    Of the first keys, or if SPREAD, of tiles that are spread over all, which are twice as many or
+    more. By the maxima of SETS * TILE >= 2 * TOP_K groups of them; SETS is 1, 2 or 4, and a set's
+    groups are those of every SETS-th tile.
     """
-    end = tl.minimum(end, first_key + SAMPLE)
-    STEP: tl.constexpr = SETS * TILE
+    if SPREAD:
+        # As many keys for each tile, which is the middle one of theirs.
+        apart = (end - first_key) // SAMPLE * TILE
+        end = first_key + apart * (SAMPLE // TILE)
+        first_key += apart // (2 * TILE) * TILE
+        WHOLE: tl.constexpr = 2
+    else:
+        apart: tl.constexpr = TILE
+        end = tl.minimum(end, first_key + SAMPLE)
+        WHOLE: tl.constexpr = FIT
+    step = SETS * apart
     if SETS == 4:
         one = two_maxima(
-            query, keys, first_key, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STEP, STAGES, FIT,
-            UPCAST, PRECISION,
+            query, keys, first_key, end, step, apart, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D,
+            STAGES, WHOLE, UPCAST, PRECISION,
         )  # fmt: skip
         other = two_maxima(
-            query, keys, first_key + 2 * TILE, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STEP,
-            STAGES, FIT, UPCAST, PRECISION,
+            query, keys, first_key + 2 * apart, end, step, apart, KEY_DIM, ROWS, TILE, THREADS,
+            BLOCK_D, STAGES, WHOLE, UPCAST, PRECISION,
         )  # fmt: skip
         return count_bound(beside(one, other), least, ROWS, ROUNDS)
     elif SETS == 2 and TOP_K <= 32:
         packed = two_maxima(
-            query, keys, first_key, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STEP, STAGES, FIT,
-            UPCAST, PRECISION,
+            query, keys, first_key, end, step, apart, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D,
+            STAGES, WHOLE, UPCAST, PRECISION,
         )  # fmt: skip
         return count_bound(packed, least, ROWS, ROUNDS)
     else:
@@ -172,8 +182,8 @@ def first_look(
         bound = tl.full([2, THREADS], float("inf"), tl.float32)
         for at in tl.static_range(SETS):
             packed = tile_maxima(
-                query, keys, first_key + at * TILE, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D,
-                STEP, STAGES, FIT, UPCAST, PRECISION,
+                query, keys, first_key + at * apart, end, step, KEY_DIM, ROWS, TILE, THREADS,
+                BLOCK_D, STAGES, WHOLE, UPCAST, PRECISION,
             )  # fmt: skip
             bound = tl.minimum(bound, count_bound(packed, share, ROWS, ROUNDS))
         return bound

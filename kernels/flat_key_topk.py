@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .entries import bits_of
 from .float32_products import split_keys, split_keys_bytes
-from .launch import choose_lists, choose_splits, list_programs
+from .launch import choose_lists, choose_splits, list_programs, tile_stride
 from .lists import store_best
 from .lookup_bytes import list_bytes_at_most, select_bytes, split_bytes
 from .selection import select
@@ -28,12 +28,12 @@ def flat_key_topk_kernel(
     scores_ptr,  # [T, H, k]
     slots_ptr,  # [T, H, k]
     list_ptr,  # [programs, SLOTS, ROWS], entries
-    num_tokens, num_keys, TOP_K: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    num_tokens, num_keys, stride, TOP_K: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WARPS: tl.constexpr,
     STAGES: tl.constexpr, SLOTS: tl.constexpr, LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr,
     SETS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr,
-    GROWTH: tl.constexpr, SPECULATE: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GROWTH: tl.constexpr, SPECULATE: tl.constexpr, SPREAD: tl.constexpr, FIT: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS tokens of one head at a time, and its lists."""
     list_ptr += tl.program_id(0).to(tl.int64) * (SLOTS * ROWS)
@@ -55,9 +55,9 @@ def flat_key_topk_kernel(
         else:
             keys = (keys_ptr, first_key)
         select(
-            query_ptr + first * D, H * D, num_rows, keys, list_ptr, 0, num_keys, TOP_K, D, ROWS,
-            TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_TOP, SETS, SAMPLE, ROUNDS, FIRST_CUT,
-            GROWTH, SPECULATE, FIT, UPCAST, PRECISION,
+            query_ptr + first * D, H * D, num_rows, keys, list_ptr, 0, num_keys, stride, TOP_K, D,
+            ROWS, TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_TOP, SETS, SAMPLE, ROUNDS, FIRST_CUT,
+            GROWTH, SPECULATE, SPREAD, FIT, UPCAST, PRECISION,
         )  # fmt: skip
         store_best(
             list_ptr, scores_ptr, slots_ptr, first * TOP_K, num_rows, H * TOP_K, TOP_K, ROWS,
@@ -119,8 +119,9 @@ def flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
     slots_each = 2**many.log_list + 1 + many.spare
     lists = query.new_empty(programs, slots_each, many.rows, dtype=torch.int64)
     flat_key_topk_kernel[(programs,)](
-        query, keys, units, scores, slots, lists, num_tokens, num_keys, TOP_K=top_k, H=heads,
-        D=query_dim, SLOTS=slots_each, **many.constants(), **many.options(),
+        query, keys, units, scores, slots, lists, num_tokens, num_keys,
+        tile_stride(num_keys, many.tile), TOP_K=top_k, H=heads, D=query_dim, SLOTS=slots_each,
+        **many.constants(), **many.options(),
     )  # fmt: skip
     return scores, slots
 

@@ -1,6 +1,7 @@
 """The shapes of the lookups, and what they depend on: tile sizes, warps and programs."""
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -144,14 +145,15 @@ def choose_splits(query: Tensor, keys: Tensor, top_k: int) -> Splits | None:
 class Lists:
     """How a lookup of many queries runs (see `selection`).
 
-    rows: queries of a program. tile, block_d: keys and elements of them scored at a time.
-    warps, stages, registers: of a program, of its loads, and of a thread. log_list, log_top: of
-    the lengths of a list and of its sorted part. sample, sets: keys looked at first for a bound,
-    and sets of groups of them whose maxima are kept. first_cut, growth: keys after which the lists
-    are cut back to the best first, and twice the factor from one cut to the next. speculate:
-    whether bounds may be too high, if that is improbable; then lists are not cut, but looked at for
-    a better one. fit: how tiles fit the keys (see `scoring.tile_from`). upcast: whether to score in
-    float32. precision: of float32 products; "float16x3" is that of numbers in two parts (see
+    rows: queries of a program. tile, block_d: keys and elements of them scored at a time. warps,
+    stages, registers: of a program, of its loads, and of a thread. log_list, log_top: of the
+    lengths of a list and of its sorted part. sample, sets: keys looked at first for a bound, and
+    sets of groups of them whose maxima are kept. first_cut, growth: keys after which the lists are
+    cut back to the best first, and twice the factor from one cut to the next. speculate: whether
+    bounds may be too high, if that is improbable; then lists are not cut, but looked at for a
+    better one. spread: whether the keys seen first are spread over all (see `tile_stride`). fit:
+    how tiles fit the keys (see `scoring.tile_from`). upcast: whether to score in float32.
+    precision: of float32 products; "float16x3" is that of numbers in two parts (see
     `float32_products`). spare: entries that a row has in memory beside its list, for parts of
     queries that do not fit into shared memory.
     """
@@ -169,6 +171,7 @@ class Lists:
     first_cut: int
     growth: int
     speculate: bool
+    spread: bool
     fit: int
     upcast: bool
     precision: str
@@ -195,6 +198,7 @@ class Lists:
             "FIRST_CUT": self.first_cut,
             "GROWTH": self.growth,
             "SPECULATE": self.speculate,
+            "SPREAD": self.spread,
             "FIT": self.fit,
             "UPCAST": self.upcast,
             "PRECISION": self.precision,
@@ -206,6 +210,19 @@ class Lists:
         if self.registers:
             options["maxnreg"] = self.registers
         return options
+
+
+def tile_stride(num_keys: int, tile: int) -> int:
+    """Keys from a tile to the one that is gone through next, around the circle of all tiles.
+
+    About 0.618 of their number, and prime to it: all are visited, and any few in a row are spread
+    almost evenly.
+    """
+    tiles = triton.cdiv(num_keys, tile)
+    step = max(1, round(0.618034 * tiles))
+    while math.gcd(step, tiles) > 1:
+        step += 1
+    return step * tile
 
 
 def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
@@ -304,6 +321,8 @@ def choose_lists(query: Tensor, keys: Tensor, top_k: int) -> Lists:
         first_cut=cut,
         growth=growth,
         speculate=speculate,
+        # Else those looked at first are most of the keys.
+        spread=2 * sample <= num_keys <= 1 << 30,
         fit=2 if num_keys % tile == 0 else int(num_keys >= tile),
         upcast=upcast,
         precision=precision,

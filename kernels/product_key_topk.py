@@ -23,6 +23,7 @@ from .launch import (
     choose_sums,
     list_programs,
     log2_ceil,
+    tile_stride,
 )
 from .lists import load_best, store_best
 from .lookup_bytes import list_bytes_at_most, select_bytes, sort_bytes_at_most, split_bytes
@@ -38,13 +39,13 @@ def product_key_topk_kernel(
     scores_ptr,  # [T, H, k]
     slots_ptr,  # [T, H, k]
     list_ptr,  # [programs, SLOTS * ROWS + 2 ** (LOG_PAIRS - 1)], entries and pairs of ranks
-    num_tokens, num_subkeys, num_pairs, TOP_K: tl.constexpr, HALF_K: tl.constexpr,
+    num_tokens, num_subkeys, stride, num_pairs, TOP_K: tl.constexpr, HALF_K: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     TILE: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, SLOTS: tl.constexpr,
     KEEP: tl.constexpr, LOG_LIST: tl.constexpr, LOG_PAIRS: tl.constexpr, LOG_SUMS: tl.constexpr,
     LOG_HALF_TOP: tl.constexpr, LOG_TOP: tl.constexpr, SETS: tl.constexpr, SAMPLE: tl.constexpr,
     ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr, GROWTH: tl.constexpr, SPECULATE: tl.constexpr,
-    FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    SPREAD: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns ROWS tokens of one head at a time, and its lists."""
     BEST: tl.constexpr = 2**LOG_HALF_TOP * ROWS
@@ -67,9 +68,9 @@ def product_key_topk_kernel(
             book = tl.cast(head * 2 + half, tl.int64) * num_subkeys
             select(
                 query_ptr + (first * 2 + half) * D, 2 * H * D, num_rows, (subkeys_ptr, book),
-                list_ptr + (half * BEST if KEEP else 0), 0, num_subkeys, HALF_K, D, ROWS, TILE,
-                BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_HALF_TOP, SETS, SAMPLE, ROUNDS, FIRST_CUT,
-                GROWTH, SPECULATE, FIT, UPCAST, PRECISION,
+                list_ptr + (half * BEST if KEEP else 0), 0, num_subkeys, stride, HALF_K, D, ROWS,
+                TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_HALF_TOP, SETS, SAMPLE, ROUNDS,
+                FIRST_CUT, GROWTH, SPECULATE, SPREAD, FIT, UPCAST, PRECISION,
             )  # fmt: skip
             if half == 0 and not KEEP:
                 # Where the result will be written, so that it takes no memory of its own.
@@ -228,8 +229,9 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
     if sums.apart is None:
         lists = new_lists(query, many, sums)
         product_key_topk_kernel[(len(lists),)](
-            query, subkeys, scores, slots, lists, num_tokens, num_subkeys, num_pairs, D=half_dim,
-            SLOTS=sums.slots, KEEP=sums.keep, **many.constants() | constants, **many.options(),
+            query, subkeys, scores, slots, lists, num_tokens, num_subkeys,
+            tile_stride(num_subkeys, many.tile), num_pairs, D=half_dim, SLOTS=sums.slots,
+            KEEP=sums.keep, **many.constants() | constants, **many.options(),
         )  # fmt: skip
         return scores, slots
     half_scores, half_slots = flat_key_topk(halves, books, per_half)

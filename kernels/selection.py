@@ -47,12 +47,12 @@ def cut_lists(
 
 @triton.jit
 def go_through(
-    query, keys, num_rows, sure, list_ptr, first_key, end, TOP_K: tl.constexpr,
+    query, keys, num_rows, sure, list_ptr, first_key, end, stride, TOP_K: tl.constexpr,
     KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
     WARPS: tl.constexpr, STAGES: tl.constexpr, LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr,
     SETS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr,
-    GROWTH: tl.constexpr, SPECULATE: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GROWTH: tl.constexpr, SPECULATE: tl.constexpr, SPREAD: tl.constexpr, FIT: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`select` of loaded queries; whether some list fell short, as only speculative bounds let it.
 
@@ -74,7 +74,7 @@ def go_through(
             least = tl.where(sure, TOP_K, likely)
         bound = first_look(
             query, keys, first_key, end, least, TOP_K, KEY_DIM, ROWS, LOOK, THREADS, BLOCK_D,
-            STAGES, SETS, SAMPLE, ROUNDS, FIT, UPCAST, PRECISION,
+            STAGES, SETS, SAMPLE, ROUNDS, SPREAD, FIT, UPCAST, PRECISION,
         )  # fmt: skip
     # Rows past the last token append nothing.
     bound = tl.where(thread_rows(ROWS, THREADS) < num_rows, bound, float("inf"))
@@ -82,6 +82,10 @@ def go_through(
     longest = 0
     start = first_key
     fell_short = False
+    # The tiles so far are to be spread over all, however scores drift from the first key to the
+    # last; and begin in the middle, for at an end are the best of keys in order of their scores.
+    past = end if FIT == 2 else first_key + tl.cdiv(end - first_key, TILE) * TILE
+    place = first_key + (past - first_key) // (2 * TILE) * TILE
     # Where lists are cut back to the best so far, or only looked at, for a better bound.
     cut = first_key + FIRST_CUT
     # Not a while loop: out of that, what sorting needs would be computed, and kept in registers.
@@ -94,13 +98,16 @@ def go_through(
             room = (LIST - longest) // TILE * TILE
             stop = tl.minimum(tl.minimum(end, cut), start + room)
             for tile_start in tl.range(start, stop, TILE, num_stages=LOADED, disable_licm=True):
+                if not SPREAD:
+                    place = tile_start
                 scores = score_tile(
-                    query, keys, tile_start, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STAGES,
-                    FIT, UPCAST, PRECISION,
+                    query, keys, place, end, KEY_DIM, ROWS, TILE, THREADS, BLOCK_D, STAGES, FIT,
+                    UPCAST, PRECISION,
                 )  # fmt: skip
-                count = append(
-                    scores, tile_start, end, bound, count, list_ptr, ROWS, TILE, FIT, True
-                )  # fmt: skip
+                count = append(scores, place, end, bound, count, list_ptr, ROWS, TILE, FIT, True)
+                if SPREAD:
+                    place += stride
+                    place = tl.where(place < past, place, place - (past - first_key))
             start = stop
             longest = tl.max(count)
             if SPECULATE:
@@ -136,12 +143,12 @@ def go_through(
 
 @triton.jit
 def select(
-    query_ptr, row_stride, num_rows, keys, list_ptr, first_key, end, TOP_K: tl.constexpr,
+    query_ptr, row_stride, num_rows, keys, list_ptr, first_key, end, stride, TOP_K: tl.constexpr,
     KEY_DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
     WARPS: tl.constexpr, STAGES: tl.constexpr, LOG_LIST: tl.constexpr, LOG_TOP: tl.constexpr,
     SETS: tl.constexpr, SAMPLE: tl.constexpr, ROUNDS: tl.constexpr, FIRST_CUT: tl.constexpr,
-    GROWTH: tl.constexpr, SPECULATE: tl.constexpr, FIT: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GROWTH: tl.constexpr, SPECULATE: tl.constexpr, SPREAD: tl.constexpr, FIT: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Leave the TOP_K best of keys first_key .. end, in order, at the start of each row's list.
 
@@ -163,13 +170,13 @@ def select(
         for turn in tl.range(2, num_stages=1, disable_licm=True):
             if again:
                 again = go_through(
-                    query, keys, num_rows, turn > 0, list_ptr, first_key, end, TOP_K, KEY_DIM,
-                    ROWS, TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_TOP, SETS, SAMPLE, ROUNDS,
-                    FIRST_CUT, GROWTH, SPECULATE, FIT, UPCAST, PRECISION,
+                    query, keys, num_rows, turn > 0, list_ptr, first_key, end, stride, TOP_K,
+                    KEY_DIM, ROWS, TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_TOP, SETS, SAMPLE,
+                    ROUNDS, FIRST_CUT, GROWTH, SPECULATE, SPREAD, FIT, UPCAST, PRECISION,
                 )  # fmt: skip
     else:
         go_through(
-            query, keys, num_rows, True, list_ptr, first_key, end, TOP_K, KEY_DIM, ROWS, TILE,
-            BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_TOP, SETS, SAMPLE, ROUNDS, FIRST_CUT, GROWTH,
-            SPECULATE, FIT, UPCAST, PRECISION,
+            query, keys, num_rows, True, list_ptr, first_key, end, stride, TOP_K, KEY_DIM, ROWS,
+            TILE, BLOCK_D, WARPS, STAGES, LOG_LIST, LOG_TOP, SETS, SAMPLE, ROUNDS, FIRST_CUT,
+            GROWTH, SPECULATE, SPREAD, FIT, UPCAST, PRECISION,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How sure a speculative bound is, against the exact distribution."""
+"""How sure a speculative bound is, against the exact distribution, and of which keys."""
 
 import math
 
@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from pkm_triton.kernels.bounds import likely_enough
+from pkm_triton.kernels.launch import tile_stride
 
 
 @triton.jit
@@ -37,3 +38,18 @@ def test_bounds_are_seldom_too_high(top_k, num_keys, device):
             # Far fewer than a bound that is sure would take.
             if top_k == 32 and num_keys >= 4096 and seen <= 640:
                 assert enough <= 18
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 17, 32, 63, 64, 510, 1000, 65_536])
+def test_strides_visit_all_tiles_and_spread(count):
+    step, rest = divmod(tile_stride(64 * count - 5, 64), 64)
+    assert rest == 0
+    assert 0 < step <= count
+    visited = [i * step % count for i in range(count)]
+    assert sorted(visited) == list(range(count))
+    # Of any few in a row no two are near each other.
+    for few in (3, 5, 8):
+        if count >= 8 * few:
+            places = sorted(visited[:few])
+            gaps = [b - a for a, b in zip(places, [*places[1:], places[0] + count], strict=True)]
+            assert min(gaps) > count // (4 * few)

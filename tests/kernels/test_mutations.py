@@ -12,6 +12,8 @@ from tolerance import assert_close_to_oracle
 
 from pkm_triton import kernels
 
+from .misleading import NUM_KEYS, TOP_K, misleading_keys
+
 # Infinite sub-keys times the zeros of absent rows.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
@@ -120,13 +122,13 @@ def check_negative_scores_near_each_other(mutant):
     assert torch.equal(scores[0, 0], -1 - 2.0**-20 * torch.arange(30.0))
 
 
-def check_keys_in_order_of_their_scores(mutant):
-    # A bound guessed from the first of them is too high; of the next, one raised.
-    query = torch.ones(1, 1, 1)
-    for best in (0, 628):
-        keys = torch.logspace(20, -18, 4000).bfloat16().float()
-        scores, _ = on_chip(mutant, 1).flat_key_topk(query, keys.roll(best).view(1, 4000, 1), 16)
-        assert torch.equal(scores[0, 0], keys[:16])
+def check_keys_that_mislead(mutant):
+    launch = importlib.import_module(f"{on_chip(mutant, 1).__name__}.launch")
+    query, keys = torch.ones(1, 1, 1), torch.empty(1, NUM_KEYS, 1)
+    for when in ("first", "raised"):
+        keys[0, :, 0] = misleading_keys(launch.choose_lists(query, keys, TOP_K), when)
+        scores, _ = mutant.flat_key_topk(query, keys, TOP_K)
+        assert torch.equal(scores[0, 0], keys.flatten().topk(TOP_K).values)
 
 
 def check_flat_of_equal_scores(mutant):
@@ -216,18 +218,22 @@ MUTATIONS = {
     ),
     "guessed bound not checked": (
         "selection.py", "tl.max(short.to(tl.int32)) > 0", "tl.max(short.to(tl.int32)) > 1",
-        check_keys_in_order_of_their_scores,
+        check_keys_that_mislead,
     ),
     "raised bound not checked": (
         "selection.py", "(count < TOP_K) | (last < bound)", "count < TOP_K",
-        check_keys_in_order_of_their_scores,
+        check_keys_that_mislead,
     ),
     "bound guessed again": (
-        "selection.py", "turn > 0,", "turn > 1,", check_keys_in_order_of_their_scores,
+        "selection.py", "turn > 0,", "turn > 1,", check_keys_that_mislead,
     ),
     "bound raised too far again": (
         "selection.py", "tl.where(sure, TOP_K, likely_enough(", "tl.where(sure, 9, likely_enough(",
-        check_keys_in_order_of_their_scores,
+        check_keys_that_mislead,
+    ),
+    "a tile left out": (
+        "selection.py", "place - (past - first_key))", "first_key)",
+        check_keys_that_mislead,
     ),
     "threads of a row append to the same slots": (
         "thread_form.py", "before += tl.where", "before -= tl.where", check_product_with_ties,
@@ -285,7 +291,7 @@ MUTATIONS = {
     ),
     "fewer above the bound than are wanted": (
         "lists.py", "exact & (reach >= tl.minimum(length, TOP_K))", "exact",
-        check_keys_in_order_of_their_scores,
+        check_keys_that_mislead,
     ),
     "neighbours that share a rank": (
         "entries.py", "exact & (same < bound)", "exact", check_many_of_equal_scores,
