@@ -1,4 +1,4 @@
-"""A lower bound of each row's k-th best score, from the maxima of groups of scores.
+"""A bound of each row's k-th best score, from the maxima of groups of scores, or from its list.
 
 Scores are in thread form (see `thread_form`).
 """

@@ -2,7 +2,7 @@
 
 A program keeps a list for each of its ROWS rows, in memory that stays in cache: slot s of row r is
 at list_ptr + s * ROWS + r. Slots hold entries (see `entries`). Slot LIST of a list is its head: a
-bound (see `ordered`) that the k best reach, above the length.
+bound (see `ordered`) that the k best reach, or most likely do, above the length.
 """
 
 import triton

@@ -70,8 +70,7 @@ def go_through(
         # have ruled out.
         least = TOP_K
         if SPECULATE:
-            likely = likely_enough(TOP_K, tl.minimum(SAMPLE, end - first_key), end - first_key)
-            least = tl.where(sure, TOP_K, likely)
+            least = tl.where(sure, TOP_K, likely_enough(TOP_K, SAMPLE, end - first_key))
         bound = first_look(
             query, keys, first_key, end, least, TOP_K, KEY_DIM, ROWS, LOOK, THREADS, BLOCK_D,
             STAGES, SETS, SAMPLE, ROUNDS, SPREAD, FIT, UPCAST, PRECISION,
@@ -89,10 +88,7 @@ def go_through(
     # Where lists are cut back to the best so far, or only looked at, for a better bound.
     cut = first_key + FIRST_CUT
     # Not a while loop: out of that, what sorting needs would be computed, and kept in registers.
-    # Counted in keys or in tiles, whichever the compiler spills nothing for.
-    STEP: tl.constexpr = TILE if SPECULATE else 1
-    steps = tl.cdiv(end - first_key, TILE // STEP)
-    for _ in tl.range(0, steps, STEP, num_stages=1, disable_licm=True):
+    for _ in tl.range(0, tl.cdiv(end - first_key, TILE), num_stages=1, disable_licm=True):
         if start < end:
             # As far as no list can overflow.
             room = (LIST - longest) // TILE * TILE
