@@ -1,1 +1,12 @@
-"""The perf harness: sweeps, studies, plots and kernel reports (`pkm-perf`)."""
+"""The perf harness: sweeps, studies, plots and kernel reports (`pkm-perf`).
+
+Its folders, each of which imports from those below it alone:
+
+    sweep       presets, predictions, running a grid, the command
+    report      tables, pictures, comparisons, the paper's figures
+    measure     timing, memory, workloads, baselines, roofline
+    records     points, rows, files, environment
+
+`studies` (the paper's, on trained models) stands beside `sweep`, `compiled` (what the compiler
+makes of the kernels) beside `measure`: no other folder imports them.
+"""

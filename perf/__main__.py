@@ -5,12 +5,15 @@ import importlib
 import sys
 
 _COMMANDS = {
-    "sweep": ("sweep_command", "measure a grid of points, and plot it (the main job)"),
-    "plot": ("plot", "make the tables and pictures again from a CSV"),
-    "compare": ("compare", "ratios of the medians of two CSVs"),
+    "sweep": ("sweep.command", "measure a grid of points, and plot it (the main job)"),
+    "plot": ("report.plot", "make the tables and pictures again from a CSV"),
+    "compare": ("report.compare", "ratios of the medians of two CSVs"),
     "study": ("studies.command", "repeat a study of the paper: train, time, tables and figures"),
     "train": ("studies.train_command", "train one language model with memories, and save it"),
-    "kernels": ("kernel_report", "compile the kernels for GPUs and report their resources"),
+    "kernels": (
+        "compiled.kernel_report",
+        "compile the kernels for GPUs and report their resources",
+    ),
 }
 """Name, module and help. A module has `add_arguments(parser)` and `run(arguments) -> int`, and is
 imported only when its command is called."""

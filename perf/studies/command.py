@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from pkm_triton.perf.environment import resolve_device
-from pkm_triton.perf.files import ensure_writable, write_whole
-from pkm_triton.perf.plot_style import save
-from pkm_triton.perf.rows import RowFile
+from pkm_triton.perf.records.environment import resolve_device
+from pkm_triton.perf.records.files import ensure_writable, write_whole
+from pkm_triton.perf.records.row_file import RowFile
+from pkm_triton.perf.report.plot_style import save
 
 from . import depth, facts, heads_topk, keys, memory_size, position
 from .presets import PRESETS, Preset

@@ -6,9 +6,17 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pkm_triton.perf import paper
-from pkm_triton.perf.plot_style import BLUE, GREY, ORANGE, PURPLE, SKY, add_caption, new_figure
-from pkm_triton.perf.table import MISSING, markdown
+from pkm_triton.perf.report import paper
+from pkm_triton.perf.report.plot_style import (
+    BLUE,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    add_caption,
+    new_figure,
+)
+from pkm_triton.perf.report.table import MISSING, markdown
 from pkm_triton.transformer import memory_layers
 
 from .presets import Preset

@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pkm_triton.perf.plot_style import (
+from pkm_triton.perf.report.plot_style import (
     BLUE,
     GREY,
     ORANGE,
@@ -14,7 +14,7 @@ from pkm_triton.perf.plot_style import (
     plain_log_axis,
     slots_label,
 )
-from pkm_triton.perf.table import MISSING, markdown
+from pkm_triton.perf.report.table import MISSING, markdown
 
 from .presets import Preset
 from .records import TimedRow

@@ -5,8 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pkm_triton.perf import paper
-from pkm_triton.perf.plot_style import (
+from pkm_triton.perf.report import paper
+from pkm_triton.perf.report.plot_style import (
     BLUE,
     GREEN,
     ORANGE,
@@ -16,7 +16,7 @@ from pkm_triton.perf.plot_style import (
     new_figure,
     plain_log_axis,
 )
-from pkm_triton.perf.table import MISSING, markdown
+from pkm_triton.perf.report.table import MISSING, markdown
 
 from .presets import Preset
 from .summary import Cell, Report, Results, about, draw

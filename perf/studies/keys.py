@@ -5,8 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pkm_triton.perf import paper
-from pkm_triton.perf.plot_style import (
+from pkm_triton.perf.report import paper
+from pkm_triton.perf.report.plot_style import (
     BLUE,
     ORANGE,
     add_caption,
@@ -14,8 +14,8 @@ from pkm_triton.perf.plot_style import (
     new_figure,
     plain_log_axis,
 )
-from pkm_triton.perf.plot_style import slots_label as label_of
-from pkm_triton.perf.table import markdown
+from pkm_triton.perf.report.plot_style import slots_label as label_of
+from pkm_triton.perf.report.table import markdown
 
 from .presets import Preset
 from .summary import Report, Results, about, draw, line, published, speed_line

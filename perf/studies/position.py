@@ -5,9 +5,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pkm_triton.perf import paper
-from pkm_triton.perf.plot_style import BLUE, GREY, add_caption, new_figure
-from pkm_triton.perf.table import markdown
+from pkm_triton.perf.report import paper
+from pkm_triton.perf.report.plot_style import BLUE, GREY, add_caption, new_figure
+from pkm_triton.perf.report.table import markdown
 
 from .presets import Preset
 from .summary import Report, Results, about, draw, line, published

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pkm_triton.perf.presets import PAPER_SIZES
+from pkm_triton.perf.report.paper import TABLE_2_NUM_SUBKEYS as PAPER_SIZES
 
 from .trial import Trial
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pkm_triton as pkm
-from pkm_triton.perf.environment import device_name, versions
-from pkm_triton.perf.rows import RowFile, read_rows
+from pkm_triton.perf.records.environment import device_name, versions
+from pkm_triton.perf.records.row_file import RowFile, read_rows
 
 from .data import make_data
 from .evaluation import evaluate

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pkm_triton.perf.table import MISSING
+from pkm_triton.perf.report.table import MISSING
 
 from .presets import Preset
 from .records import TimedRow, TrainedRow

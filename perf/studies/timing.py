@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pkm_triton.perf.environment import device_name, versions
-from pkm_triton.perf.measure import time_passes
-from pkm_triton.perf.memory import available_bytes
-from pkm_triton.perf.rows import RowFile
-from pkm_triton.perf.workload import Pass
+from pkm_triton.perf.measure.memory import available_bytes
+from pkm_triton.perf.measure.timing import time_passes
+from pkm_triton.perf.measure.workload import Pass
+from pkm_triton.perf.records.environment import device_name, versions
+from pkm_triton.perf.records.row_file import RowFile
 
 from .records import TimedRow
 from .training import mixed_precision

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from pkm_triton.checkpoints import save_with_memory
-from pkm_triton.perf.environment import resolve_device
-from pkm_triton.perf.files import ensure_writable
+from pkm_triton.perf.records.environment import resolve_device
+from pkm_triton.perf.records.files import ensure_writable
 
 from .data import make_data
 from .evaluation import evaluate

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 import pkm_triton as pkm
-from pkm_triton.perf.points import KEYS, require_choice
+from pkm_triton.perf.records.points import KEYS, require_choice
 from pkm_triton.transformer import Transformer
 
 from .tokens import check_tokens

@@ -16,7 +16,7 @@ OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 REPORT = """
 import json, sys
-from pkm_triton.perf import kernel_report
+from pkm_triton.perf.compiled import kernel_report
 if __name__ == "__main__":
     rows = kernel_report.report([sys.argv[1]], sys.argv[2], processes=1)
     print(json.dumps(rows))

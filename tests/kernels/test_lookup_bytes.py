@@ -8,8 +8,8 @@ import torch
 
 from pkm_triton import kernels
 from pkm_triton.kernels import launch
-from pkm_triton.perf import roofline
-from pkm_triton.perf.points import Point
+from pkm_triton.perf.measure import roofline
+from pkm_triton.perf.records.points import Point
 
 product = importlib.import_module("pkm_triton.kernels.product_key_topk")
 flat = importlib.import_module("pkm_triton.kernels.flat_key_topk")

@@ -5,7 +5,7 @@ import torch
 
 import pkm_triton as pkm
 from pkm_triton import reference
-from pkm_triton.perf.memory import measure_peak
+from pkm_triton.perf.measure.memory import measure_peak
 from pkm_triton.reference.chunks import MAX_WORKING_BYTES
 from pkm_triton.reference.sparse_adam import ELEMENTS_AT_A_TIME
 

@@ -49,7 +49,7 @@ def test_unknown_backend():
 def test_environment_variable():
     done = run("import pkm_triton; print(pkm_triton.backend())", PKM_TRITON_BACKEND="torch")
     assert done.stdout.strip() == "torch"
-    done = run("import pkm_triton", PKM_TRITON_BACKEND="fast")
+    done = run("import pkm_triton; pkm_triton.backend()", PKM_TRITON_BACKEND="fast")
     assert "PKM_TRITON_BACKEND is 'fast', but must be one of" in done.stderr
 
 

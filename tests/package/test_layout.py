@@ -95,6 +95,29 @@ def test_version_is_stated_once_and_the_same():
 def test_public_names():
     for name in pkm_triton.__all__:
         assert getattr(pkm_triton, name).__doc__, name
+    assert set(pkm_triton.__all__) <= set(dir(pkm_triton))
+    lazy = [name for names in pkm_triton._MODULES.values() for name in names]
+    assert sorted(lazy) == sorted(pkm_triton.__all__)
+    # Importing a module sets the attribute of its name: a function of that name would be hidden.
+    modules_ = {path.stem for path in (ROOT / "pkm_triton").glob("*.py")}
+    assert not modules_ & (set(lazy) - set(pkm_triton._MODULES[""]))
+    with pytest.raises(AttributeError, match="has no attribute 'gather_vaules'"):
+        _ = pkm_triton.gather_vaules
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from pkm_triton import optim, gather_values",
+        "from pkm_triton import *; gather_values, optim.SparseAdam",
+        "import pkm_triton; pkm_triton.optim.SparseAdam, pkm_triton.memory.ProductKeyMemory",
+        "import pkm_triton.ops, torch; torch.ops.pkm_triton.gather_values",
+        "import pkm_triton.transformer; pkm_triton.transformer.Transformer, pkm_triton.backend()",
+    ],
+)
+def test_names_are_found_in_a_fresh_process(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 BLOCK = """
@@ -127,6 +150,7 @@ def test_import_is_quick_and_leaves_triton_alone():
         "before = 'triton' in sys.modules\n"
         "start = time.perf_counter()\n"
         "import pkm_triton\n"
+        "pkm_triton.ProductKeyMemory\n"
         "print(time.perf_counter() - start)\n"
         "assert before or 'triton' not in sys.modules\n"
     )

@@ -7,9 +7,10 @@ import time
 
 import pytest
 
-from pkm_triton.perf import kernel_report, sweep_command
 from pkm_triton.perf.__main__ import main
-from pkm_triton.perf.records import SCHEMA, read_rows
+from pkm_triton.perf.compiled import kernel_report
+from pkm_triton.perf.records.sweep_row import SCHEMA, read_rows
+from pkm_triton.perf.sweep import command as sweep_command
 
 TINY = ["--preset", "quick", "--num-subkeys", "8", "16", "--dim", "16", "--query-dim", "8"]
 TINY += ["--tokens", "4", "--top-k", "1", "2", "3", "--heads", "2", "--seconds", "0.001"]

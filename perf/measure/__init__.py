@@ -1,0 +1,1 @@
+"""Timing, memory, workloads, baselines and the roofline."""

@@ -1,0 +1,1 @@
+"""Points, rows, their files, and the environment they were measured in."""

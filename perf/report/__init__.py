@@ -1,0 +1,1 @@
+"""Tables, pictures and comparisons of recorded rows, and the paper's figures."""

@@ -1,0 +1,66 @@
+"""Compare the medians of two sweeps, point by point."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from pkm_triton.perf.records.sweep_row import Row, point_of, read_rows
+
+from .table import markdown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `pkm-perf compare`."""
+    parser.add_argument("a", type=Path, help="CSV of the first sweep")
+    parser.add_argument("b", type=Path, help="CSV of the second sweep")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a Markdown table with the ratio of medians of every point that both CSVs hold.
+
+    Raises:
+        ValueError: a CSV cannot be read, or no point is in both.
+    """
+    print(comparison(read_rows(arguments.a), read_rows(arguments.b)))
+    return 0
+
+
+def comparison(first: Sequence[Row], second: Sequence[Row]) -> str:
+    """The table: B / A above 1 means that the second sweep took longer.
+
+    Points are matched by their parameters, whatever the device, so that two machines can be
+    compared as well as two versions.
+
+    Raises:
+        ValueError: no point was measured in both.
+    """
+    theirs = {point_of(row): row for row in second if row.ok}
+    pairs = [(row, theirs[point]) for row in first if row.ok and (point := point_of(row)) in theirs]
+    if not pairs:
+        raise ValueError("A, B: no point with status 'ok' is in both files")
+    ratios = [other.median_ms / row.median_ms for row, other in pairs]
+    lines = [
+        [
+            _describe(row),
+            f"{row.median_ms:.4g}",
+            f"{other.median_ms:.4g}",
+            f"{ratio:.3f}",
+            f"{other.working_bytes / row.working_bytes:.3f}" if row.working_bytes else "–",
+        ]
+        for (row, other), ratio in zip(pairs, ratios, strict=True)
+    ]
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    table = markdown(["point", "A (ms)", "B (ms)", "time B / A", "memory B / A"], lines)
+    only = len(first) + len(second) - 2 * len(pairs)
+    return (
+        f"{table}\n\n{len(pairs)} points in both, geometric mean of B / A: {mean:.3f}; "
+        f"{only} rows in one file only or not measured."
+    )
+
+
+def _describe(row: Row) -> str:
+    gradient = f" {'sparse' if row.sparse_grad else 'dense'}" if row.backward else ""
+    return f"{row.label()}{gradient} {row.dtype} {row.reads} threads={row.threads}".replace(
+        "|", "\\|"
+    )

@@ -1,0 +1,89 @@
+"""Choose, among all rows of a sweep, those that belong into one picture or table."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pkm_triton.perf.records.points import IMPLEMENTATIONS
+from pkm_triton.perf.records.sweep_row import POINT_FIELDS, Row
+
+SERIES = ("implementation", "keys")
+"""What tells the lines of a picture apart."""
+
+Series = dict[tuple[str, str], list[Row]]
+"""Rows in the order of the axis, by implementation and keys."""
+
+
+def rows_along(rows: Iterable[Row], axis: str, *, pass_name: str, least: int = 3) -> list[Row]:
+    """The rows that differ in `axis`, implementation and keys alone.
+
+    Where several sets of rows would do, the one that covers most of the axis is taken.
+
+    Args:
+        rows: rows of a sweep.
+        axis: field of `Point` that the picture has on its x axis.
+        pass_name: the pass to show.
+        least: different values of the axis needed.
+
+    Returns:
+        Rows of any status, or an empty list where no set covers `least` values of the axis.
+    """
+    shared = [name for name in POINT_FIELDS if name not in (axis, *SERIES)]
+    sets: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row.pass_name == pass_name:
+            key = (*(getattr(row, name) for name in shared), row.device_name)
+            sets.setdefault(key, []).append(row)
+
+    def coverage(found: Sequence[Row]) -> tuple[int, int]:
+        return len({getattr(row, axis) for row in found if row.ok}), len(found)
+
+    best = max(sets.values(), key=coverage, default=[])
+    if coverage(best)[0] < least:
+        return []
+    return sorted(best, key=lambda row: getattr(row, axis))
+
+
+def by_series(rows: Iterable[Row]) -> Series:
+    """Rows that are `ok`, by implementation and keys."""
+    series: Series = {}
+    for row in rows:
+        if row.ok:
+            series.setdefault((row.implementation, row.keys), []).append(row)
+    order = [(name, keys) for name in IMPLEMENTATIONS for keys in ("product", "flat")]
+    return {key: series[key] for key in order if key in series}
+
+
+def compared(rows: Iterable[Row]) -> list[dict[str, Row]]:
+    """Sets of rows that differ in the implementation alone, two or more, by implementation."""
+    sets: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        if row.ok:
+            neutral = dataclasses.replace(row, implementation=IMPLEMENTATIONS[0])
+            sets.setdefault(neutral.key, {})[row.implementation] = row
+    return [found for found in sets.values() if len(found) > 1]
+
+
+def describe(row: Row, *left_out: str) -> str:
+    """The parameters a set of rows shares, for captions."""
+    words = {
+        "num_subkeys": f"|C| {row.num_subkeys}",
+        "top_k": f"k {row.top_k}",
+        "heads": f"{row.heads} heads",
+        "dim": f"width {row.dim}",
+        "query_dim": f"query {row.query_dim} a head",
+        "tokens": f"{row.tokens} tokens",
+        "query_norm": f"{row.query_norm} norm",
+        "dtype": row.dtype,
+        "reads": "" if row.reads == "layer" else f"{row.reads} reads",
+    }
+    return ", ".join(text for name, text in words.items() if text and name not in left_out)
+
+
+def machine(row: Row) -> str:
+    """Device, threads and versions, for captions."""
+    threads = f", {row.threads} thread{'s' * (row.threads > 1)}" if row.device == "cpu" else ""
+    return (
+        f"{row.device_name}{threads}; torch {row.torch_version}, "
+        f"pkm_triton {row.pkm_triton_version}"
+    )

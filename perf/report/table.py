@@ -1,0 +1,133 @@
+"""Markdown tables of a sweep: the form of the paper's Table 4, and the comparison."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from pkm_triton.perf.measure import roofline
+from pkm_triton.perf.records.points import IMPLEMENTATIONS, PASSES
+from pkm_triton.perf.records.sweep_row import Row
+
+from . import paper
+from .plot_style import count_label, slots_label
+from .slices import compared, describe, machine, rows_along
+
+MISSING = "–"
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, the first column to the left and the others to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
+
+
+def size_table(rows: Sequence[Row]) -> str | None:
+    """Speed, slow-down and memory against the number of slots; None without data."""
+    sections = [
+        section for pass_name in PASSES if (section := _size_section(rows, pass_name)) is not None
+    ]
+    return "\n\n".join(sections) if sections else None
+
+
+def _size_section(rows: Sequence[Row], pass_name: str) -> str | None:
+    found = rows_along(rows, "num_subkeys", pass_name=pass_name, least=1)
+    own = [row for row in found if row.implementation == "pkm_triton"]
+    sizes = sorted({row.num_subkeys for row in own})
+    if not sizes:
+        return None
+    lines = [["\\|C\\|", *map(str, sizes)]]
+    for keys in ("flat", "product"):
+        by_size = {row.num_subkeys: row for row in own if row.keys == keys and row.ok}
+        if by_size:
+            lines += _lines_of(by_size, sizes, f"{keys} keys")
+    if pass_name == "forward":
+        lines += _published(sizes)
+    notes = [
+        f"{row.keys} keys, {slots_label(row.num_slots)}: {row.status}." for row in own if not row.ok
+    ]
+    table = markdown(["memory size", *[slots_label(size**2) for size in sizes]], lines)
+    caption = f"One layer, {pass_name}: {describe(own[0], 'num_subkeys')}. {machine(own[0])}."
+    return "\n\n".join([f"### {pass_name.capitalize()}", caption, table, *notes])
+
+
+def _lines_of(by_size: Mapping[int, Row], sizes: Sequence[int], keys: str) -> list[list[str]]:
+    """The lines of one kind of keys; sizes without a measurement are marked."""
+    smallest = by_size[min(by_size)].median_ms
+    figures: dict[str, Callable[[Row], str]] = {
+        "speed (tokens/s)": lambda row: count_label(row.tokens_per_s),
+        "time (ms)": lambda row: f"{row.median_ms:.4g}",
+        "slow-down": lambda row: f"{row.median_ms / smallest:.2f}×",
+        "query, lookup, gather (ms)": _parts,
+        "peak extra memory (MiB)": lambda row: f"{row.peak_bytes / 2**20:.1f}",
+        "parameters (MiB)": lambda row: f"{row.parameter_bytes / 2**20:.0f}",
+    }
+    if not any(math.isnan(row.roofline) for row in by_size.values()):
+        figures["share of the memory bandwidth"] = lambda row: f"{row.roofline:.0%}"
+        figures["the lookup's share of it"] = _lookup_share
+    return [
+        [f"{name}, {keys}"]
+        + [text(by_size[size]) if size in by_size else MISSING for size in sizes]
+        for name, text in figures.items()
+    ]
+
+
+def _published(sizes: Sequence[int]) -> list[list[str]]:
+    """The paper's own speeds."""
+    lines: list[list[str]] = []
+    for keys, speeds in paper.TABLE_4_WORDS_PER_S.items():
+        words = dict(zip(paper.TABLE_4_NUM_SUBKEYS, speeds, strict=True))
+        cells = [count_label(words[size]) if size in words else MISSING for size in sizes]
+        lines.append([f"paper, words/s of a whole model on GPUs, {keys} keys", *cells])
+    return lines
+
+
+def _lookup_share(row: Row) -> str:
+    # The whole pass's share says what the bandwidth is.
+    bandwidth = row.moved_bytes / row.roofline / (row.median_ms / 1e3)
+    return f"{roofline.lookup_share(row, row.lookup_ms, bandwidth):.0%}"
+
+
+def _parts(row: Row) -> str:
+    return f"{row.query_ms:.3g}, {row.lookup_ms:.3g}, {row.gather_ms:.3g}"
+
+
+def comparison_table(rows: Sequence[Row]) -> str | None:
+    """Implementations side by side, with ratios of medians and of memory; None without any."""
+    sets = compared(rows)
+    if not sets:
+        return None
+    names = [name for name in IMPLEMENTATIONS if any(name in found for found in sets)]
+    others = [name for name in names if name != "pkm_triton"]
+    header = ["\\|C\\|", "heads", "k", "tokens", "pass", "gradient", "threads"]
+    header += [f"{name} (ms)" for name in names]
+    header += [f"{name} / pkm_triton" for name in others]
+    header += [f"{name}, working MiB" for name in names]
+    lines = [_comparison_line(found, names, others) for found in sets]
+    first = next(iter(sets[0].values()))
+    left_out = ("num_subkeys", "heads", "top_k", "tokens", "reads")
+    caption = (
+        "Medians of interleaved rounds; a ratio above 1 means that pkm_triton is faster. Working "
+        "memory is the most that a pass allocates, the gradients it leaves aside. "
+        f"{describe(first, *left_out)}. {first.device_name}; torch {first.torch_version}, "
+        f"pkm_triton {first.pkm_triton_version}."
+    )
+    return f"{caption}\n\n{markdown(header, lines)}"
+
+
+def _comparison_line(
+    found: dict[str, Row], names: Sequence[str], others: Sequence[str]
+) -> list[str]:
+    row = next(iter(found.values()))
+    own = found.get("pkm_triton")
+    gradient = ("sparse" if row.sparse_grad else "dense") if row.backward else MISSING
+    cells = [str(value) for value in (row.num_subkeys, row.heads, row.top_k, row.tokens)]
+    reads = "" if row.reads == "layer" else f", {row.reads} reads"
+    cells += [row.pass_name + reads, gradient, str(row.threads)]
+    cells += [f"{found[name].median_ms:.4g}" if name in found else MISSING for name in names]
+    cells += [
+        f"{found[name].median_ms / own.median_ms:.2f}" if own and name in found else MISSING
+        for name in others
+    ]
+    cells += [
+        f"{found[name].working_bytes / 2**20:.2f}" if name in found else MISSING for name in names
+    ]
+    return cells

@@ -1,0 +1,1 @@
+"""Presets, predictions, and running a grid of points: `pkm-perf sweep`."""

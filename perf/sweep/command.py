@@ -1,0 +1,147 @@
+"""Measure a grid of points into a CSV, and make tables and pictures from it.
+
+Without arguments: speed and memory of product and flat keys from 16k to 1M slots, on the GPU if
+there is one. A sweep that was stopped goes on where it was when the same command is given again.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from pkm_triton.perf.records.environment import resolve_device
+from pkm_triton.perf.records.files import ensure_writable
+from pkm_triton.perf.records.points import DTYPES, IMPLEMENTATIONS, KEYS, NORMS, PASSES, READS
+from pkm_triton.perf.records.sweep_row import RowFile
+from pkm_triton.perf.report.plot import CSV_NAME
+from pkm_triton.perf.report.write import write_report
+
+from .presets import PRESETS, SECONDS, make_points
+from .run import Limits, run_sweep
+
+_NUMBERS = {
+    "num_subkeys": "sub-keys per codebook, |C|; the memory has |C|² slots",
+    "top_k": "slots read per head",
+    "heads": "heads",
+    "dim": "width of a token",
+    "value_dim": "width of a value",
+    "query_dim": "width of one head's query",
+    "tokens": "tokens in one call",
+    "threads": "CPU threads",
+}
+_WORDS = {
+    "implementation": IMPLEMENTATIONS,
+    "keys": KEYS,
+    "query_norm": NORMS,
+    "dtype": tuple(DTYPES),
+    "reads": READS,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `pkm-perf sweep`."""
+    parser.add_argument(
+        "--preset", default="default", help=f"the grid: {', '.join(PRESETS)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("sweep-output"),
+        help="folder for CSV, tables and pictures (default: %(default)s)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, help="time to spend on each point and again on its parts"
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="skip a point whose single pass is predicted to take longer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        type=float,
+        metavar="GIB",
+        help="skip a point predicted to need more (default: what is available)",
+    )
+    parser.add_argument(
+        "--retry", action="store_true", help="measure again the points that are not ok"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of parameters, inputs and reads")
+    axes = parser.add_argument_group("axes", "each replaces that axis in every grid of the preset")
+    for name, text in _NUMBERS.items():
+        axes.add_argument(_flag(name), type=int, nargs="+", metavar="N", help=text)
+    for name, allowed in _WORDS.items():
+        axes.add_argument(_flag(name), nargs="+", metavar="NAME", help=", ".join(allowed))
+    axes.add_argument("--pass", dest="pass_name", nargs="+", metavar="NAME", help=", ".join(PASSES))
+    axes.add_argument(
+        "--sparse-grad",
+        nargs="+",
+        metavar="yes|no",
+        help="whether the gradient of the values is sparse",
+    )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything, measure, and say what was written.
+
+    Raises:
+        ValueError: an argument is not allowed, the folder cannot be written, or its CSV is of
+            another version. Nothing has been measured or written then.
+    """
+    points = make_points(
+        arguments.preset,
+        _replaced_axes(arguments),
+        device=resolve_device(arguments.device),
+        all_threads=torch.get_num_threads(),
+    )
+    memory = arguments.memory_limit
+    limits = Limits(
+        seconds=SECONDS[arguments.preset] if arguments.seconds is None else arguments.seconds,
+        pass_seconds=arguments.time_limit,
+        memory_bytes=None if memory is None else memory * 2**30,
+    )
+    folder: Path = arguments.output
+    path = folder / CSV_NAME
+    ensure_writable(folder)
+    file = RowFile(path)
+    try:
+        measured = run_sweep(points, file, limits, retry=arguments.retry, seed=arguments.seed)
+    except KeyboardInterrupt:
+        print(
+            f"\nStopped; {len(file.rows)} rows are in {path}. "
+            "The same command goes on with the points that are missing.",
+            file=sys.stderr,
+        )
+        return 130
+    counts = Counter(row.status.partition(":")[0] for row in file.rows)
+    print(
+        f"{measured} points measured, {len(points) - measured} were there already; in the file: "
+        + ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    )
+    for written in (path, *write_report(file.rows, folder)):
+        print(written)
+    return 0
+
+
+def _replaced_axes(arguments: argparse.Namespace) -> dict[str, list[object]]:
+    replaced = {
+        name: given
+        for name in (*_NUMBERS, *_WORDS, "pass_name")
+        if (given := getattr(arguments, name)) is not None
+    }
+    if arguments.sparse_grad is not None:
+        named = {"yes": True, "no": False}
+        for word in arguments.sparse_grad:
+            if word not in named:
+                raise ValueError(f"sparse-grad: {word!r} is unknown; allowed: yes, no")
+        replaced["sparse_grad"] = [named[word] for word in arguments.sparse_grad]
+    return replaced

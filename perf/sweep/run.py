@@ -1,0 +1,165 @@
+"""Measure the points of a sweep, each recorded as soon as it is done."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pkm_triton.perf.measure.memory import available_bytes
+from pkm_triton.perf.measure.timing import measure_group
+from pkm_triton.perf.measure.workload import Workload
+from pkm_triton.perf.records.environment import device_name, versions
+from pkm_triton.perf.records.points import IMPLEMENTATIONS, Point
+from pkm_triton.perf.records.sweep_row import Row, RowFile
+
+from .predict import predicted_bytes, predicted_seconds
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a point may take.
+
+    Attributes:
+        seconds: time to spend on each pass, and as much again on its parts.
+        pass_seconds: a point whose single pass is predicted to take longer is skipped.
+        memory_bytes: a point predicted to need more is skipped; None for what is available.
+
+    Raises:
+        ValueError: a limit is not above zero.
+    """
+
+    seconds: float = 0.5
+    pass_seconds: float = 30.0
+    memory_bytes: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("seconds", self.seconds),
+            ("time-limit", self.pass_seconds),
+            ("memory-limit", self.memory_bytes),
+        ):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: {value} is not allowed; give a number above 0")
+
+
+def run_sweep(
+    points: Sequence[Point],
+    file: RowFile,
+    limits: Limits,
+    *,
+    retry: bool = False,
+    seed: int = 0,
+) -> int:
+    """Measure the points that `file` does not hold yet, and add a row for each.
+
+    Points that differ in the implementation alone are timed in interleaved rounds. Whatever goes
+    wrong with a point is recorded in its row, and the sweep goes on.
+
+    Args:
+        points: what to measure.
+        file: where rows are added.
+        limits: what a point may take.
+        retry: whether to measure again those points whose row is not `ok`.
+        seed: of parameters, inputs and generated reads.
+
+    Returns:
+        The number of points measured, skipped ones included.
+    """
+    todo = [point for point in points if _is_open(point, file, retry)]
+    threads = torch.get_num_threads()
+    try:
+        with tqdm(total=len(todo), unit="point", dynamic_ncols=True) as progress:
+            for group in _groups(todo):
+                progress.set_description(group[0].label())
+                file.add(*_measure(group, file, limits, seed))
+                progress.update(len(group))
+    finally:
+        torch.set_num_threads(threads)
+    return len(todo)
+
+
+def _is_open(point: Point, file: RowFile, retry: bool) -> bool:
+    row = file.get(point, device_name(point.device))
+    return row is None or (retry and not row.ok)
+
+
+def _groups(points: Sequence[Point]) -> Iterator[list[Point]]:
+    """Points that differ in nothing but the implementation, together."""
+    groups: dict[Point, list[Point]] = {}
+    for point in points:
+        shared = dataclasses.replace(point, implementation=IMPLEMENTATIONS[0])
+        groups.setdefault(shared, []).append(point)
+    yield from groups.values()
+
+
+def _measure(points: Sequence[Point], file: RowFile, limits: Limits, seed: int) -> list[Row]:
+    """A row for each point of a group."""
+    torch.set_num_threads(points[0].threads)
+    outcomes: dict[Point, dict[str, Any]] = {}
+    workloads: dict[Point, Workload] = {}
+    for point in points:
+        reason = _reason_to_skip(point, len(points), file, limits)
+        if reason:
+            outcomes[point] = {"status": f"skipped: {reason}"}
+            continue
+        try:
+            workload = Workload(point, seed=seed)
+            workload.whole.run()
+            workload.whole.clear()
+            workloads[point] = workload
+        except Exception as error:
+            outcomes[point] = {"status": _failure(error)}
+    if workloads:
+        ready = list(workloads)
+        try:
+            figures = measure_group(ready, list(workloads.values()), seconds=limits.seconds)
+            outcomes.update(zip(ready, figures, strict=True))
+        except Exception as error:
+            outcomes.update((point, {"status": _failure(error)}) for point in ready)
+    software = versions()
+    return [
+        Row(
+            **dataclasses.asdict(point),
+            device_name=device_name(point.device),
+            **software,
+            **outcomes[point],
+        )
+        for point in points
+    ]
+
+
+def _reason_to_skip(point: Point, group: int, file: RowFile, limits: Limits) -> str | None:
+    unsupported = point.unsupported()
+    if unsupported:
+        return unsupported
+    if point.implementation == "product-key-memory" and not find_spec("product_key_memory"):
+        return "the package product-key-memory is not installed (install it, and give --retry)"
+    available = available_bytes(point.device)
+    allowed = available if limits.memory_bytes is None else min(limits.memory_bytes, available)
+    # The layers of a group are in memory together; gradients and working memory are not.
+    needed = predicted_bytes(point) * group
+    if needed > allowed:
+        return (
+            f"predicted memory {needed / 2**30:.1f} GiB, above the {allowed / 2**30:.1f} GiB "
+            f"{'available' if allowed == available else 'allowed (--memory-limit)'}"
+        )
+    seconds = predicted_seconds(point, file.rows)
+    if seconds is not None and seconds > limits.pass_seconds:
+        return (
+            f"predicted time {seconds:.0f} s a pass, above the {limits.pass_seconds:g} s "
+            "allowed (--time-limit)"
+        )
+    return None
+
+
+def _failure(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text if len(text) <= 200 else text[:197] + "..."
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
+    return f"oom: {text}" if out_of_memory else f"failed: {type(error).__name__}: {text}"

@@ -1,0 +1,91 @@
+import dataclasses
+
+import pytest
+import torch
+
+from pkm_triton.perf.measure import roofline
+from pkm_triton.perf.measure.reads import generate_slots
+from pkm_triton.perf.records.points import Point
+
+
+def draw(distribution, shape, num_slots):
+    generator = torch.Generator().manual_seed(0)
+    return generate_slots(distribution, shape, num_slots, generator=generator, device="cpu")
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "zipf"])
+def test_slots_are_in_range_and_repeat(distribution):
+    slots = draw(distribution, (50, 4, 32), 97)
+    assert slots.shape == (50, 4, 32)
+    assert slots.dtype == torch.int32
+    assert slots.min() >= 0
+    assert slots.max() < 97
+    assert torch.equal(slots, draw(distribution, (50, 4, 32), 97))
+    assert torch.equal(draw(distribution, (3,), 1), torch.zeros(3, dtype=torch.int32))
+
+
+def test_uniform_reads_are_even_and_zipf_reads_follow_their_rank():
+    count, slots = 200_000, 20
+    even = draw("uniform", (count,), slots).bincount(minlength=slots) / count
+    torch.testing.assert_close(even, torch.full((slots,), 1 / slots), atol=3e-3, rtol=0)
+    by_rank = (draw("zipf", (count,), slots).bincount(minlength=slots) / count).sort(
+        descending=True
+    )
+    weights = 1 / torch.arange(1, slots + 1)
+    torch.testing.assert_close(by_rank.values, weights / weights.sum(), atol=4e-3, rtol=0)
+    assert not torch.equal(by_rank.indices, torch.arange(slots))
+
+
+POINT = Point(
+    num_subkeys=8, top_k=3, heads=2, dim=16, value_dim=24, query_dim=4, tokens=5, dtype="float32"
+)
+
+
+def test_forward_traffic_is_what_the_tensors_take():
+    x, weight = torch.empty(5, 16), torch.empty(16, 8)
+    query, subkeys = torch.empty(5, 2, 4), torch.empty(2, 2, 8, 2)
+    scores, slots = torch.empty(5, 2, 3), torch.empty(5, 2, 3, dtype=torch.int32)
+    rows, output = torch.empty(11, 24), torch.empty(5, 24)
+    expected = {
+        roofline.query_bytes(POINT): (x, weight, query),
+        roofline.lookup_bytes(POINT): (query, subkeys, scores, slots),
+        roofline.gather_bytes(POINT, 11): (slots, scores, rows, output),
+    }
+    for found, tensors in expected.items():
+        assert found == sum(tensor.nbytes for tensor in tensors)
+    assert roofline.moved_bytes(POINT, 11) == sum(expected)
+
+
+def test_flat_keys_are_read_whole():
+    flat = dataclasses.replace(POINT, keys="flat")
+    more = roofline.lookup_bytes(flat) - roofline.lookup_bytes(POINT)
+    assert more == 4 * (torch.empty(2, 64, 4).numel() - torch.empty(2, 2, 8, 2).numel())
+
+
+def test_a_dense_gradient_writes_all_rows_and_a_sparse_one_those_read():
+    dense = dataclasses.replace(POINT, pass_name="forward+backward")
+    sparse = dataclasses.replace(dense, sparse_grad=True)
+    difference = roofline.gather_bytes(dense, 11) - roofline.gather_bytes(sparse, 11)
+    assert difference == (64 - 11) * 24 * 4
+    assert roofline.moved_bytes(sparse, 11) > roofline.moved_bytes(POINT, 11)
+
+
+def test_half_precision_halves_what_is_not_a_score_or_a_slot():
+    half = dataclasses.replace(POINT, dtype="bfloat16")
+    assert roofline.query_bytes(half) * 2 == roofline.query_bytes(POINT)
+
+
+def test_the_lookups_share_is_its_bytes_over_what_the_device_could_move():
+    moved = roofline.lookup_bytes(POINT)
+    assert roofline.lookup_share(POINT, 2.0, 1e9) == pytest.approx(moved / 2e6)
+
+
+def test_a_cpu_has_no_roofline():
+    assert roofline.bandwidth("cpu") is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpus_bandwidth_is_plausible():
+    bandwidth = roofline.bandwidth("cuda")
+    assert bandwidth is None or 5e10 < bandwidth < 3e13

@@ -1,0 +1,216 @@
+import dataclasses
+
+import pytest
+
+from pkm_triton.perf.measure import roofline
+from pkm_triton.perf.records.points import Point
+from pkm_triton.perf.records.sweep_row import Row
+from pkm_triton.perf.report import compare
+from pkm_triton.perf.report.plot_step import crossing, reads_per_slot, step_against_reads
+from pkm_triton.perf.report.plot_style import count_label, slots_label
+from pkm_triton.perf.report.slices import by_series, compared, rows_along
+from pkm_triton.perf.report.table import comparison_table, size_table
+from pkm_triton.perf.report.write import write_report
+
+SIZES = (128, 256, 384, 512, 768, 1024)
+
+
+def a_row(median_ms=10.0, **changes):
+    figures = {
+        "low_ms": median_ms * 0.9,
+        "high_ms": median_ms * 1.2,
+        "tokens_per_s": changes.get("tokens", 512) / median_ms * 1e3,
+        "query_ms": 1.0,
+        "lookup_ms": median_ms - 3,
+        "gather_ms": 2.0,
+        "peak_bytes": 3.0 * 2**20,
+        "working_bytes": 2.0 * 2**20,
+        "parameter_bytes": 2.0**30,
+        "samples": 5,
+        "device_name": "some CPU, 2 cores",
+        "torch_version": "2.13.0",
+        "pkm_triton_version": "0.1.0",
+    }
+    return Row(**{**figures, **changes}, median_ms=median_ms)
+
+
+@pytest.fixture
+def size_rows():
+    product = [a_row(10.0 * 2**step, num_subkeys=size) for step, size in enumerate(SIZES)]
+    flat = [a_row(100.0 * size, num_subkeys=size, keys="flat") for size in SIZES[:3]]
+    skipped = a_row(
+        keys="flat", num_subkeys=512, status="skipped: too slow", median_ms=float("nan")
+    )
+    return [*product, *flat, skipped]
+
+
+def cells(table, name):
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {name}")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_the_size_table_has_the_rows_figures(size_rows):
+    table = size_table(size_rows)
+    assert cells(table, "memory size") == ["16k", "65k", "147k", "262k", "590k", "1M"]
+    product = ["51.2k", "25.6k", "12.8k", "6.4k", "3.2k", "1.6k"]
+    assert cells(table, "speed (tokens/s), product keys") == product
+    assert cells(table, "slow-down, product keys")[-1] == "32.00×"
+    assert cells(table, "speed (tokens/s), flat keys") == ["40", "20", "13.3", "–", "–", "–"]
+    assert cells(table, "slow-down, flat keys")[:3] == ["1.00×", "2.00×", "3.00×"]
+    assert cells(table, "query, lookup, gather (ms), product keys")[0] == "1, 7, 2"
+    assert cells(table, "paper, words/s of a whole model on GPUs, flat keys")[-1] == "1.2k"
+    assert "flat keys, 262k: skipped: too slow." in table
+    assert "some CPU, 2 cores, 1 thread; torch 2.13.0" in table
+
+
+def test_on_a_gpu_the_table_has_the_share_of_its_bandwidth(size_rows):
+    assert "bandwidth" not in size_table(size_rows)
+    # In 10 ms half of what 4 times the lookup's bytes are, in 7 ms the lookup's.
+    rows = [
+        a_row(
+            num_subkeys=size,
+            device="cuda",
+            roofline=0.5,
+            moved_bytes=4.0 * roofline.lookup_bytes(Point(num_subkeys=size)),
+        )
+        for size in SIZES
+    ]
+    assert cells(size_table(rows), "share of the memory bandwidth, product")[0] == "50%"
+    lookup_share = cells(size_table(rows), "the lookup's share of it, product")
+    assert lookup_share == [f"{0.5 / 4 * 10 / 7:.0%}"] * len(SIZES)
+
+
+def test_a_sweep_of_other_sizes_has_no_papers_figures():
+    table = size_table([a_row(num_subkeys=size) for size in (100, 128)])
+    assert cells(table, "paper, words/s of a whole model on GPUs, product keys") == ["–", "35.8k"]
+    assert size_table([a_row(implementation="textbook")]) is None
+
+
+def test_the_comparison_table_has_ratios_of_medians():
+    rows = [
+        a_row(10.0, tokens=1),
+        a_row(15.0, tokens=1, implementation="textbook", working_bytes=2.0**22),
+        a_row(7.0, tokens=2),
+        a_row(5.0, tokens=2, implementation="textbook", status="failed: x"),
+    ]
+    table = comparison_table(rows)
+    assert len(table.splitlines()) == 5
+    assert table.splitlines()[-1] == (
+        "| 512 | 4 | 32 | 1 | forward | – | 1 | 10 | 15 | 1.50 | 2.00 | 4.00 |"
+    )
+    assert comparison_table(rows[:1]) is None
+    zipf = comparison_table([dataclasses.replace(row, reads="zipf") for row in rows])
+    assert "| 1 | forward, zipf reads | – |" in zipf
+    assert zipf.count("zipf") == 1
+
+
+def test_rows_of_one_picture_agree_in_all_but_its_axis(size_rows):
+    others = [a_row(num_subkeys=size, heads=1) for size in SIZES[:4]]
+    found = rows_along([*others, *size_rows], "num_subkeys", pass_name="forward")
+    assert {row.heads for row in found} == {4}
+    assert [len(rows) for rows in by_series(found).values()] == [6, 3]
+    assert rows_along(size_rows, "num_subkeys", pass_name="forward+backward") == []
+    assert rows_along(size_rows, "top_k", pass_name="forward") == []
+    other_device = [a_row(num_subkeys=size, device_name="B") for size in (64, 128)]
+    found = rows_along([*size_rows[:2], *other_device], "num_subkeys", pass_name="forward", least=2)
+    assert len({row.device_name for row in found}) == 1
+
+
+def test_only_rows_that_differ_in_the_implementation_are_compared():
+    rows = [a_row(), a_row(implementation="textbook", top_k=8), a_row(top_k=8)]
+    assert [set(found) for found in compared(rows)] == [{"textbook", "pkm_triton"}]
+
+
+@pytest.mark.parametrize(
+    ("slots", "label"), [(128**2, "16k"), (768**2, "590k"), (1024**2, "1M"), (2048**2, "4.19M")]
+)
+def test_memory_sizes_are_labelled_as_in_the_paper(slots, label):
+    assert slots_label(slots) == label
+
+
+@pytest.mark.parametrize(("value", "label"), [(35800, "35.8k"), (59.31, "59.3"), (2e9, "2G")])
+def test_counts_have_three_digits(value, label):
+    assert count_label(value) == label
+
+
+def test_a_report_has_what_the_rows_suffice_for(size_rows, tmp_path):
+    assert write_report([a_row()], tmp_path) == [tmp_path / "table.md"]
+    rows = [
+        *size_rows,
+        *[
+            a_row(7.0 * top, top_k=top, query_norm="layer", implementation=name)
+            for top in (8, 16, 64)
+            for name in ("pkm_triton", "textbook", "product-key-memory")
+        ],
+        *[a_row(heads=heads) for heads in (1, 2, 8)],
+    ]
+    written = {path.name for path in write_report(rows, tmp_path)}
+    pictures = ("speed_against_size", "speed_against_top_k", "speed_against_heads")
+    pictures += ("time_by_part", "peak_memory", "comparison")
+    expected = {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")}
+    assert written == expected | {"table.md", "comparison.md"}
+    for path in tmp_path.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size < 2**20
+    for path in tmp_path.glob("*.svg"):
+        assert path.read_text().rstrip().endswith("</svg>")
+
+
+def test_implementations_of_one_memory_make_a_comparison_picture(tmp_path):
+    rows = [
+        a_row(10.0 + len(name), implementation=name, threads=threads, tokens=tokens)
+        for name in ("pkm_triton", "textbook", "product-key-memory")
+        for threads in (1, 2)
+        for tokens in (1, 512)
+    ]
+    names = [path.name for path in write_report(rows, tmp_path)]
+    assert names == ["table.md", "comparison.md", "comparison.png", "comparison.svg"]
+
+
+def step_rows(ratio):
+    """Dense steps of 100 ms, sparse ones that take `ratio` of it at 1, 2, 4 times the tokens."""
+    tokens = (512, 1024, 2048)
+    dense = [a_row(100.0, tokens=each, pass_name="step") for each in tokens]
+    sparse = [
+        a_row(100.0 * part, tokens=each, pass_name="step", sparse_grad=True)
+        for each, part in zip(tokens, ratio, strict=True)
+    ]
+    return sparse, dense
+
+
+def test_dense_gradients_win_from_where_the_lines_cross():
+    assert reads_per_slot(a_row(tokens=2048)) == 2048 * 4 * 32 / 512**2 == 1
+    assert crossing(*step_rows((0.25, 0.5, 2.0))) == pytest.approx(2**-0.5)
+    assert crossing(*step_rows((0.1, 0.2, 0.3))) is None
+    assert crossing(*step_rows((2.0, 3.0, 4.0))) == pytest.approx(0.25)
+
+
+def test_steps_make_a_picture_of_reads(tmp_path):
+    sparse, dense = step_rows((0.25, 0.5, 2.0))
+    names = {path.name for path in write_report([*sparse, *dense], tmp_path)}
+    assert {"step_against_reads.png", "step_against_reads.svg"} <= names
+    assert step_against_reads([*sparse[:2], *dense[:2]]) is None
+
+
+def test_the_same_rows_make_the_same_pictures(size_rows, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_report(size_rows, tmp_path / folder)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_compare_takes_ratios_over_common_points():
+    first = [a_row(10.0), a_row(8.0, top_k=8), a_row(1.0, top_k=9), a_row(1.0, heads=1)]
+    second = [
+        a_row(20.0, device_name="other", working_bytes=2.0**20),
+        a_row(4.0, top_k=8),
+        a_row(1.0, top_k=9, status="oom: no"),
+    ]
+    text = compare.comparison(first, second)
+    lines = text.splitlines()
+    assert lines[2].endswith("| 10 | 20 | 2.000 | 0.500 |")
+    assert lines[3].endswith("| 8 | 4 | 0.500 | 1.000 |")
+    assert "2 points in both, geometric mean of B / A: 1.000; 3 rows" in lines[-1]
+    with pytest.raises(ValueError, match="no point"):
+        compare.comparison(first, [])

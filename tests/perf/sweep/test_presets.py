@@ -1,0 +1,40 @@
+import pytest
+
+from pkm_triton.perf.sweep.presets import PAPER_SIZES, PRESETS, make_points
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_name_each_point_once_and_can_all_be_run(preset):
+    points = make_points(preset, {}, device="cpu", all_threads=2)
+    assert len(set(points)) == len(points)
+    assert not any(point.unsupported() for point in points)
+    assert all(point.value_dim == point.dim for point in points)
+
+
+def test_the_default_covers_the_papers_sizes_with_both_kinds_of_keys():
+    points = make_points("default", {}, device="cpu", all_threads=2)
+    for keys in ("product", "flat"):
+        sizes = {p.num_subkeys for p in points if p.keys == keys and p.top_k == 32}
+        assert sizes == set(PAPER_SIZES)
+
+
+def test_a_given_axis_replaces_that_of_every_grid():
+    given = {"num_subkeys": [16, 32], "threads": [1], "dim": [64]}
+    points = make_points("default", given, device="cpu", all_threads=2)
+    assert {p.num_subkeys for p in points} == {16, 32}
+    assert {(p.threads, p.dim, p.value_dim) for p in points} == {(1, 64, 64)}
+    assert {p.threads for p in make_points("baselines", {}, device="cpu", all_threads=3)} == {1, 3}
+
+
+def test_the_kind_of_gradient_tells_no_forward_points_apart():
+    given = {"pass_name": ["forward"], "sparse_grad": [False, True]}
+    points = make_points("baselines", given, device="cpu", all_threads=2)
+    assert len(points) == 2 * 2 * 3 * 2
+    assert not any(point.sparse_grad for point in points)
+
+
+def test_unknown_preset_and_empty_axis_are_refused():
+    with pytest.raises(ValueError, match="preset: 'slow' is unknown; allowed: quick, default"):
+        make_points("slow", {}, device="cpu", all_threads=1)
+    with pytest.raises(ValueError, match="heads: no value"):
+        make_points("quick", {"heads": []}, device="cpu", all_threads=1)
