@@ -1,14 +1,23 @@
-"""Product-key memory for PyTorch: Triton kernels, a layer, and a perf harness."""
+"""Product-key memory for PyTorch: Triton kernels, a layer, and a perf harness.
 
-from . import optim, transformer
-from ._backend import backend, use_backend
-from .checkpoints import load_with_memory, save_with_memory
-from .memory import FlatKeyMemory, ProductKeyMemory
-from .ops import flat_key_topk, gather_values, product_key_topk
-from .query import QueryNetwork, synchronise_batch_norm
-from .replace import replace_ffn
-from .training import param_groups, track_usage
-from .usage import MemoryUsage
+A public name is imported when it is asked for, so that `pkm-perf --help` need not wait for torch.
+`import pkm_triton.ops` registers the operators at once, as a process needs that loads an exported
+program and uses nothing else of this package.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import optim, transformer
+    from ._backend import backend, use_backend
+    from .checkpoints import load_with_memory, save_with_memory
+    from .memory import FlatKeyMemory, ProductKeyMemory
+    from .ops import flat_key_topk, gather_values, product_key_topk
+    from .query import QueryNetwork, synchronise_batch_norm
+    from .replace import replace_ffn
+    from .training import param_groups, track_usage
+    from .usage import MemoryUsage
 
 __version__ = "0.1.0"
 
@@ -31,3 +40,29 @@ __all__ = [
     "transformer",
     "use_backend",
 ]
+
+_MODULES = {
+    "": ["optim", "transformer"],
+    "_backend": ["backend", "use_backend"],
+    "checkpoints": ["load_with_memory", "save_with_memory"],
+    "memory": ["FlatKeyMemory", "ProductKeyMemory"],
+    "ops": ["flat_key_topk", "gather_values", "product_key_topk"],
+    "query": ["QueryNetwork", "synchronise_batch_norm"],
+    "replace": ["replace_ffn"],
+    "training": ["param_groups", "track_usage"],
+    "usage": ["MemoryUsage"],
+}
+"""Where each name of `__all__` is defined, as the type checkers read above."""
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            found = importlib.import_module(f".{module or name}", __name__)
+            globals()[name] = getattr(found, name) if module else found
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -110,7 +110,7 @@ def test_public_names():
     [
         "from pkm_triton import optim, gather_values",
         "from pkm_triton import *; gather_values, optim.SparseAdam",
-        "import pkm_triton; pkm_triton.optim.SparseAdam, pkm_triton.memory.ProductKeyMemory",
+        "import pkm_triton; pkm_triton.optim.SparseAdam, pkm_triton.ProductKeyMemory",
         "import pkm_triton.ops, torch; torch.ops.pkm_triton.gather_values",
         "import pkm_triton.transformer; pkm_triton.transformer.Transformer, pkm_triton.backend()",
     ],
