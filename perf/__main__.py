@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="pkm-perf", description="Measure product-key memory, and show what was measured."
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(metavar="command")
     try:
         for name, (module_name, text) in _COMMANDS.items():
             command = commands.add_parser(name, help=text)
@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
                 command.formatter_class = argparse.RawDescriptionHelpFormatter
                 module.add_arguments(command)
                 command.set_defaults(run=module.run)
+        if not words:
+            parser.print_help(sys.stderr)
+            return 2
         arguments = parser.parse_args(words)
         return arguments.run(arguments)
     except ValueError as error:
