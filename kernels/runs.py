@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grid import grid, second_axis
+
 # Programs that fill a GPU, and what a program is to have in reads; the latter grows with T, so
 # that the parts of hot rows stay this many.
 MOST_STRETCHES = 8192
@@ -73,7 +75,7 @@ def sum_parts_kernel(
     D_V: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_V columns of the hot rows whose first part is in GROUP stretches."""
-    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    column = second_axis().to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
     start = tl.program_id(0) * GROUP
     stop = tl.minimum(start + GROUP, num_stretches)
     stretches = start + tl.arange(0, GROUP)
@@ -139,7 +141,7 @@ def count_rows(ordered: Tensor, num_slots: int, stretch: int, stretches: int) ->
 def sum_parts(parts: Tensor, marks: Tensor, grad_rows: Tensor) -> None:
     """Sum the parts [P, d_v] of each hot row, as `marks` [P] says, into its row of `grad_rows`."""
     stretches, width = parts.shape
-    sum_parts_kernel[(triton.cdiv(stretches, 32), triton.cdiv(width, 32))](
+    sum_parts_kernel[grid(triton.cdiv(stretches, 32), triton.cdiv(width, 32))](
         parts, marks, grad_rows, stretches,
         D_V=width, BLOCK_V=32, GROUP=32, PARTS=128, num_warps=4, num_stages=1,
         enable_fp_fusion=True,

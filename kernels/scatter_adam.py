@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grid import grid, second_axis
 from .runs import LATER_PART, NO_PART, deal_out, share_of, sum_parts
 from .sparse_adam import adam_arguments, adam_update, update_rows
 
@@ -48,7 +49,8 @@ def scatter_adam_kernel(
         decay = tl.load(scalars_ptr + 1)
         step = tl.load(step_ptr).to(tl.int32)
     program = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    column_block = second_axis()
+    column = column_block.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_row = column < D_V
     begin, end, later, part = share_of(ordered_ptr, num_reads, stretch, BLOCK)
     total = tl.zeros([BLOCK_V], tl.float32)
@@ -82,9 +84,9 @@ def scatter_adam_kernel(
             if position + 1 >= end:
                 first = part & inside & ~later
                 mark = tl.where(part & later, LATER_PART, tl.where(first, program, NO_PART))
-                tl.store(marks_ptr + program, mark, mask=tl.program_id(1) == 0)
+                tl.store(marks_ptr + program, mark, mask=column_block == 0)
                 hot_row = tl.where(first, slot, -1).to(tl.int64)
-                tl.store(hot_rows_ptr + program, hot_row, mask=tl.program_id(1) == 0)
+                tl.store(hot_rows_ptr + program, hot_row, mask=column_block == 0)
         slot = next_slot
         read = next_read
         grad = next_grad
@@ -122,7 +124,7 @@ def scatter_adam(
     marks = slots.new_empty(stretches)
     hot_rows = order.new_empty(stretches)
     arguments = adam_arguments(param, exp_avg, exp_avg_sq, **options)
-    scatter_adam_kernel[(stretches, triton.cdiv(width, block_v))](
+    scatter_adam_kernel[grid(stretches, triton.cdiv(width, block_v))](
         *arguments.tensors, ordered, order, grad_output, weights, parts, marks, hot_rows,
         slots.numel(), num_slots, stretch, *arguments.numbers,
         R=slots.shape[1], D_V=width, BLOCK_V=block_v, BLOCK=64, num_warps=max(1, block_v // 256),

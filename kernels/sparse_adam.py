@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grid import grid, second_axis
+
 
 @triton.jit
 def round_stochastically(x, random, dtype: tl.constexpr):
@@ -93,7 +95,7 @@ def sparse_adam_kernel(
         step = tl.load(step_ptr).to(tl.int32)
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     row = tl.load(rows_ptr + index, mask=index < num_rows, other=-1)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    column = second_axis().to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (row >= 0) & (row < table_rows) & (column < D)
     grad = tl.load(grad_rows_ptr + index * D + column, mask=mask, other=0.0).to(tl.float32)
     adam_update(
@@ -165,7 +167,7 @@ def update_rows(rows: Tensor, grad_rows: Tensor, arguments: AdamArguments) -> No
     num_rows, width = grad_rows.shape
     block = min(triton.next_power_of_2(width), 1024)
     share = max(1, 1024 // block)
-    sparse_adam_kernel[(triton.cdiv(num_rows, share), triton.cdiv(width, block))](
+    sparse_adam_kernel[grid(triton.cdiv(num_rows, share), triton.cdiv(width, block))](
         *arguments.tensors, rows, grad_rows, num_rows, arguments.tensors[0].shape[0],
         *arguments.numbers, D=width, BLOCK=block, ROWS=share, num_warps=4, **arguments.constants,
     )  # fmt: skip
