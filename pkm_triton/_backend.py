@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._devices import OnDevice
 
 Backend = Literal["auto", "triton", "torch"]
 _BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -109,11 +110,12 @@ def _warn(obstacle: str) -> None:
     )
 
 
-def implementation(*tensors: Tensor) -> ModuleType:
-    """The module whose functions run for these tensors: `kernels` or `reference`.
+def implementation(*tensors: Tensor) -> ModuleType | OnDevice:
+    """The functions that run for these tensors: those of `kernels` or of `reference`.
 
-    Under "auto" the reference takes tensors that are not on a GPU, float64, and, with one warning,
-    what Triton cannot run.
+    The kernels are launched on the tensors' device, whichever is current. Under "auto" the
+    reference takes tensors that are not on a GPU, float64, and, with one warning, what Triton
+    cannot run.
 
     Raises:
         RuntimeError: if "triton" was asked for and cannot run.
@@ -132,11 +134,11 @@ def implementation(*tensors: Tensor) -> ModuleType:
         obstacle = _obstacle(device)
         if obstacle is not None:
             raise RuntimeError(f"backend 'triton' was asked for, but {obstacle}")
-        return importlib.import_module("pkm_triton.kernels")
+        return OnDevice(importlib.import_module("pkm_triton.kernels"), device)
     if _current == "torch" or has_float64:
         return reference
     obstacle = _obstacle(device)
     if obstacle is not None:
         _warn(obstacle)
         return reference
-    return importlib.import_module("pkm_triton.kernels")
+    return OnDevice(importlib.import_module("pkm_triton.kernels"), device)
