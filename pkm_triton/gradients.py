@@ -26,11 +26,35 @@ def rows_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
             f"a sparse gradient must have 1 sparse dimension, its rows, not {grad.sparse_dim()}"
         )
     rows = grad._indices()[0]
-    # Accumulating a gradient loses torch's mark that it is coalesced; sorting it again would
-    # cost as much as the step.
+    # Before the end of a backward pass torch's mark that it is coalesced is lost (see
+    # `coalesced_gradient`); sorting it again would cost as much as the step.
     if not grad.is_coalesced() and bool((rows[1:] <= rows[:-1]).any()):
         grad = grad.coalesce()
     return grad._indices()[0], grad._values()
+
+
+def coalesced_gradient(rows: Tensor, grad_rows: Tensor, table: Tensor) -> Tensor:
+    """The sparse gradient of a table, of rows that ascend; to be called in a backward pass.
+
+    As it stores a gradient, torch drops the mark that it is coalesced, and whoever asks for its
+    rows sorts them again: the mark is set again at the end of the pass.
+    """
+    grad = torch.sparse_coo_tensor(
+        rows.unsqueeze(0), grad_rows, table.shape, is_coalesced=True, check_invariants=False
+    )
+    if table.is_leaf and type(rows) is Tensor and not torch.compiler.is_compiling():
+        # A reference to the rows would make torch copy the gradient as it stores it.
+        known = rows.data_ptr(), rows.numel()
+
+        def mark() -> None:
+            stored = table.grad
+            if stored is None or stored.layout != torch.sparse_coo:
+                return
+            if (stored._indices().data_ptr(), stored._nnz()) == known:
+                stored._coalesced_(True)
+
+        torch.autograd.Variable._execution_engine.queue_callback(mark)  # pyright: ignore[reportAttributeAccessIssue]
+    return grad
 
 
 @dataclass(frozen=True)
@@ -72,6 +96,14 @@ class FactoredGradient(Tensor):
         return made
 
     def __init__(self, table: Tensor, reads: list[Reads]) -> None: ...
+
+    @classmethod
+    def of_gather(
+        cls, table: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor
+    ) -> "FactoredGradient":
+        """The gradient of one gather; copies, for its caller may use the buffers again."""
+        copies = (x.detach().clone() for x in (slots, weights, grad_output))
+        return cls(table, [Reads(*copies)])
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"FactoredGradient(shape={list(self.shape)}, gathers={len(self.reads)})"

@@ -24,7 +24,7 @@ from ._checks import (
     int32_slots,
 )
 from ._operators import refuse_second_gradient, register, register_with_gradient
-from .gradients import FactoredGradient, Reads
+from .gradients import FactoredGradient, coalesced_gradient
 
 
 def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -298,9 +298,7 @@ def _gather_backward_sparse(
     rows, grad_rows, grad_weights = _gather_values_backward_sparse(
         grad_output, values, slots, weights, needs_weights
     )
-    grad_values = torch.sparse_coo_tensor(
-        rows.unsqueeze(0), grad_rows, values.shape, is_coalesced=True, check_invariants=False
-    )
+    grad_values = coalesced_gradient(rows, grad_rows, values)
     return grad_values, None, grad_weights if needs_weights else None
 
 
@@ -314,8 +312,7 @@ def _gather_backward_factored(
     )
     grad_values = None
     if needs_values:
-        reads = Reads(slots, weights.detach(), grad_output.detach())
-        grad_values = FactoredGradient(values, [reads])
+        grad_values = FactoredGradient.of_gather(values, slots, weights, grad_output)
     return grad_values, None, grad_weights if needs_weights else None
 
 

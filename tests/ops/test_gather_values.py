@@ -139,6 +139,30 @@ def test_sparse_gradient_is_coalesced_and_equals_the_dense_one():
     assert torch.equal(grad.to_dense(), dense)
 
 
+def test_a_stored_gradient_is_marked_coalesced_if_it_is():
+    values, slots, weights = table(30, 4, 5, 6)
+    values.requires_grad_()
+    pkm.gather_values(values, slots, weights, sparse_grad=True).sum().backward()
+    first = values.grad
+    assert first.is_coalesced()
+    assert torch.equal(first.indices()[0], slots.unique().long())
+    for tokens in (slots.flip(1), slots[:1]):  # added to, in the same pass and in another
+        values.grad = None
+        passes = (slots, weights), (tokens, weights[: len(tokens)])
+        sum(pkm.gather_values(values, *p, sparse_grad=True).sum() for p in passes).backward()
+        together = values.grad
+        values.grad = None
+        for inputs in passes:
+            pkm.gather_values(values, *inputs, sparse_grad=True).sum().backward()
+        for grad in (together, values.grad):
+            rows = grad._indices()[0]
+            assert not grad.is_coalesced() or (rows.diff() > 0).all()
+            torch.testing.assert_close(grad.to_dense(), together.to_dense())
+    assert torch.autograd.grad(
+        pkm.gather_values(values, slots, weights, sparse_grad=True).sum(), values
+    )[0].is_coalesced()
+
+
 @pytest.mark.parametrize("sparse_grad", [False, True], ids=["dense", "sparse"])
 def test_same_bits_again_whatever_the_threads(sparse_grad):
     values, slots, weights = table(300, 32, 200, 64)

@@ -218,6 +218,19 @@ def test_factors_as_ordinary_gradients():
     optimiser_of(nothing).step()
 
 
+def test_buffers_may_be_used_again_before_the_step():
+    """What a gather was given, and its output's gradient, are the caller's again."""
+    values = nn.Parameter(torch.randn(6, 4))
+    slots, weights = torch.tensor([[0, 1], [1, 3]]), torch.rand(2, 2)
+    pkm.gather_values(values, slots, weights).backward(torch.ones(2, 4))
+    expected, values.grad = values.grad, None
+    grad_output = torch.ones(2, 4)
+    pkm.gather_values(values, slots, weights, sparse_grad="factored").backward(grad_output)
+    for buffer in (slots, weights, grad_output):
+        buffer.fill_(2)
+    assert torch.equal(values.grad.to_dense(), expected)
+
+
 def test_factors_are_small():
     """Indices, weights and the output's gradient are kept; no row a read."""
     values = nn.Parameter(torch.randn(5000, 64))
