@@ -25,6 +25,29 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def check_threads(threads: int) -> int:
+    """`threads`, where this machine has so many cores: torch crashes when asked for far more.
+
+    Raises:
+        ValueError: it has not, or there are none.
+    """
+    cores = os.cpu_count() or 1
+    if not 1 <= threads <= cores:
+        raise ValueError(f"threads: {threads} is not allowed; 1 to {cores}, the cores there are")
+    return threads
+
+
+def check_seed(seed: int) -> int:
+    """`seed`, where torch takes it.
+
+    Raises:
+        ValueError: it is negative, or above 63 bits.
+    """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: {seed} is not allowed; 0 to 2^63 - 1")
+    return seed
+
+
 @functools.cache
 def device_name(device: str) -> str:
     """The GPU's name, or the processor's with its number of cores."""

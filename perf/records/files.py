@@ -1,6 +1,7 @@
 """Write files whole or not at all, into a folder that is known to take them."""
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -27,18 +28,24 @@ def ensure_writable(folder: Path, option: str = "output") -> None:
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
-    """Replace `path` by `data` in one step: a reader sees the old file or the new, never a part."""
+    """Replace `path` by `data` in one step: a reader sees the old file or the new, never a part.
+
+    A new file gets the mode that the umask leaves, an old one keeps its own; a symbolic link goes
+    on pointing to the file.
+    """
     content = data.encode() if isinstance(data, str) else data
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    target = path.resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
+            if target.exists():
+                os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename is None:
             error.filename = str(path)
         raise

@@ -8,11 +8,11 @@ from typing import Any
 
 from .points import Point
 from .row_file import RowFile as _RowFile
-from .row_file import columns_of
+from .row_file import added, columns_of
 from .row_file import read_rows as _read_rows
 
-SCHEMA = 1
-"""Raised by one whenever a column is added, removed, or changes its meaning."""
+SCHEMA = 2
+"""Raised by one whenever a column is added (see `row_file.added`). 2: seed to remark."""
 
 _NAN = math.nan
 
@@ -26,8 +26,13 @@ class Row(Point):
 
     Attributes:
         device_name: the processor or the GPU; part of the row's key, see `Row.key`.
+        seed: of parameters, inputs and generated reads.
+        seconds: time asked for on each pass; 0 where it was not recorded.
         median_ms, low_ms, high_ms: median, 20th and 80th percentile of one pass, milliseconds.
         samples: passes timed.
+        cpu_ms: median CPU time of one pass, all threads together; on a GPU, of the launches.
+        others: cores' worth of CPU time that other processes took meanwhile.
+        remark: `busy: why` where the machine was, or the passes differ much; else empty.
         tokens_per_s: tokens / median.
         query_ms, lookup_ms, gather_ms: medians of the three parts, each timed on its own.
         peak_bytes: the most memory allocated during a pass, above what was there before it.
@@ -39,10 +44,15 @@ class Row(Point):
     """
 
     device_name: str = ""
+    seed: int = added(2, 0)
+    seconds: float = added(2, 0.0)
     median_ms: float = _NAN
     low_ms: float = _NAN
     high_ms: float = _NAN
     samples: int = 0
+    cpu_ms: float = added(2, _NAN)
+    others: float = added(2, _NAN)
+    remark: str = added(2, "")
     tokens_per_s: float = _NAN
     query_ms: float = _NAN
     lookup_ms: float = _NAN
@@ -66,15 +76,37 @@ class Row(Point):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What makes a row unique: its point and the device.
+        """What makes a row unique: its point, the device, the seed and the time spent.
 
         Versions and commit are left out on purpose: a folder holds one state of the software, and
         a run that was cut off goes on after a commit. Measure another version into another folder
         and put the two side by side with `pkm-perf compare`.
         """
-        return (*(getattr(self, name) for name in POINT_FIELDS), self.device_name)
+        return (*(getattr(self, name) for name in POINT_FIELDS), *self.circumstances)
+
+    @property
+    def circumstances(self) -> tuple[Any, ...]:
+        """Where and how the point was measured: rows of one picture or table share it."""
+        return (self.device_name, self.seed, self.seconds)
+
+    def problem(self) -> str | None:
+        """Why these figures cannot have been measured, or None."""
+        for name in _FIGURES:
+            value = getattr(self, name)
+            if not (math.isnan(value) or 0 <= value < math.inf):
+                return f"{name} is {value}; a figure of at least 0 was expected"
+        if not self.ok:
+            return None
+        for name in ("median_ms", "low_ms", "high_ms"):
+            value = getattr(self, name)
+            if not value > 0:
+                return f"status is ok, but {name} is {value}; a time above 0 was expected"
+        if not self.low_ms <= self.median_ms <= self.high_ms:
+            return f"median_ms {self.median_ms} is not between {self.low_ms} and {self.high_ms}"
+        return None
 
 
+_FIGURES = tuple(field.name for field in dataclasses.fields(Row) if field.type is float)
 POINT_FIELDS = tuple(field.name for field in dataclasses.fields(Point))
 COLUMNS = columns_of(Row)
 
@@ -84,11 +116,19 @@ def point_of(row: Row) -> Point:
     return Point(**{name: getattr(row, name) for name in POINT_FIELDS})
 
 
+CSV_NAME = "sweep.csv"
+
+
+def csv_path(path: Path) -> Path:
+    """The CSV itself, where its folder is given."""
+    return path / CSV_NAME if path.is_dir() else path
+
+
 def read_rows(path: Path) -> list[Row]:
     """Read the CSV of a sweep.
 
     Raises:
-        ValueError: there is no such file, it is no sweep, or it is of another schema version.
+        ValueError: see `row_file.read_rows`.
     """
     return _read_rows(path, Row)
 
@@ -97,12 +137,13 @@ class RowFile(_RowFile[Row]):
     """The rows of a sweep's CSV file (see `row_file.RowFile`).
 
     Raises:
-        ValueError: the file exists and is not of this schema version.
+        ValueError: the file exists and does not hold such rows.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, Row)
 
-    def get(self, point: Point, device_name: str) -> Row | None:
-        """The row of that point on that device, if it has been measured."""
-        return self.find((*(getattr(point, name) for name in POINT_FIELDS), device_name))
+    def get(self, point: Point, device_name: str, seed: int, seconds: float) -> Row | None:
+        """The row of that point on that device, if it has been measured so."""
+        key = (getattr(point, name) for name in POINT_FIELDS)
+        return self.find((*key, device_name, seed, seconds))

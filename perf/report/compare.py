@@ -5,15 +5,15 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from pkm_triton.perf.records.sweep_row import Row, point_of, read_rows
+from pkm_triton.perf.records.sweep_row import Row, csv_path, point_of, read_rows
 
 from .table import markdown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `pkm-perf compare`."""
-    parser.add_argument("a", type=Path, help="CSV of the first sweep")
-    parser.add_argument("b", type=Path, help="CSV of the second sweep")
+    parser.add_argument("a", type=Path, help="CSV of the first sweep, or its folder")
+    parser.add_argument("b", type=Path, help="CSV of the second sweep, or its folder")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -22,21 +22,24 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: a CSV cannot be read, or no point is in both.
     """
-    print(comparison(read_rows(arguments.a), read_rows(arguments.b)))
+    print(comparison(*(read_rows(csv_path(each)) for each in (arguments.a, arguments.b))))
     return 0
 
 
 def comparison(first: Sequence[Row], second: Sequence[Row]) -> str:
     """The table: B / A above 1 means that the second sweep took longer.
 
-    Points are matched by their parameters, whatever the device, so that two machines can be
-    compared as well as two versions.
+    Points are matched by their parameters and the seed, whatever the device and the time spent,
+    so that two machines can be compared as well as two versions; of several rows of one point the
+    last counts.
 
     Raises:
         ValueError: no point was measured in both.
     """
-    theirs = {point_of(row): row for row in second if row.ok}
-    pairs = [(row, theirs[point]) for row in first if row.ok and (point := point_of(row)) in theirs]
+    ours, theirs = (
+        {(point_of(row), row.seed): row for row in rows if row.ok} for rows in (first, second)
+    )
+    pairs = [(row, theirs[key]) for key, row in ours.items() if key in theirs]
     if not pairs:
         raise ValueError("A, B: no point with status 'ok' is in both files")
     ratios = [other.median_ms / row.median_ms for row, other in pairs]

@@ -4,11 +4,9 @@ import argparse
 from pathlib import Path
 
 from pkm_triton.perf.records.files import ensure_writable
-from pkm_triton.perf.records.sweep_row import read_rows
+from pkm_triton.perf.records.sweep_row import CSV_NAME, csv_path, read_rows
 
 from .write import write_report
-
-CSV_NAME = "sweep.csv"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: the CSV cannot be read, or the folder cannot be written.
     """
-    path: Path = arguments.csv / CSV_NAME if arguments.csv.is_dir() else arguments.csv
+    path = csv_path(arguments.csv)
     rows = read_rows(path)
     folder: Path = arguments.output or path.parent
     ensure_writable(folder)

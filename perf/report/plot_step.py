@@ -34,7 +34,7 @@ def step_against_reads(rows: Sequence[Row]) -> Figure | None:
     for row in rows:
         if row.ok and row.steps and row.implementation == "pkm_triton":
             shared = (getattr(row, name) for name in POINT_FIELDS if name not in _FREE)
-            sets.setdefault((*shared, row.device_name), []).append(row)
+            sets.setdefault((*shared, *row.circumstances), []).append(row)
     found = max(sets.values(), key=lambda each: len({row.tokens for row in each}), default=[])
     ticks = sorted({reads_per_slot(row) for row in found})
     if len(ticks) < 3:

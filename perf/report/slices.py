@@ -32,7 +32,7 @@ def rows_along(rows: Iterable[Row], axis: str, *, pass_name: str, least: int = 3
     sets: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row.pass_name == pass_name:
-            key = (*(getattr(row, name) for name in shared), row.device_name)
+            key = (*(getattr(row, name) for name in shared), *row.circumstances)
             sets.setdefault(key, []).append(row)
 
     def coverage(found: Sequence[Row]) -> tuple[int, int]:

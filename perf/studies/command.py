@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pkm_triton.perf.records.environment import resolve_device
+from pkm_triton.perf.records.environment import check_seed, check_threads, resolve_device
 from pkm_triton.perf.records.files import ensure_writable, write_whole
 from pkm_triton.perf.records.row_file import RowFile
 from pkm_triton.perf.report.plot_style import save
@@ -87,12 +87,14 @@ def run(arguments: argparse.Namespace) -> int:
     preset = _one_of("preset", arguments.preset, PRESETS)
     for stage in arguments.stages:
         _one_of("stages", stage, dict.fromkeys(STAGES))
-    if min(arguments.seeds) < 0 or len(set(arguments.seeds)) < len(arguments.seeds):
-        raise ValueError(f"seeds: {arguments.seeds} are not allowed; give each once, from 0")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        raise ValueError(f"seeds: {arguments.seeds} are not allowed; give each once")
+    for seed in arguments.seeds:
+        check_seed(seed)
     device = resolve_device(arguments.device)
-    threads = torch.get_num_threads() if arguments.threads is None else arguments.threads
-    if threads < 1:
-        raise ValueError(f"threads: {threads} is too small; at least 1 is needed")
+    threads = torch.get_num_threads()
+    if arguments.threads is not None:
+        threads = check_threads(arguments.threads)
     changed = parse_settings(arguments.set)
     folder: Path = arguments.output / arguments.name
     base = dataclasses.replace(

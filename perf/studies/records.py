@@ -5,10 +5,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from pkm_triton.perf.records.row_file import added
+
 from .trial import Trial
 
-SCHEMA = 1
-"""Raised by one whenever a column is added, removed, or changes its meaning."""
+TRAINED_SCHEMA = 1
+TIMED_SCHEMA = 2
+"""Raised by one whenever a column is added (see `row_file.added`). 2: seconds."""
 
 _NAN = math.nan
 TRIAL_FIELDS = tuple(field.name for field in dataclasses.fields(Trial))
@@ -52,12 +55,19 @@ class TrainedRow(Trial):
     triton_version: str = ""
     pkm_triton_version: str = ""
     commit: str = ""
-    schema: int = SCHEMA
+    schema: int = TRAINED_SCHEMA
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes a row unique: its trial. The device decides speed only, not results."""
         return self.trial.key
+
+    def problem(self) -> str | None:
+        """Why these figures cannot be the results of a training, or None."""
+        for name in ("perplexity", "usage", "reads_per_slot", "seconds"):
+            if getattr(self, name) < 0:
+                return f"{name} is {getattr(self, name)}; a figure of at least 0 was expected"
+        return None
 
     @property
     def trial(self) -> Trial:
@@ -76,6 +86,7 @@ class TimedRow(Trial):
         vocab_size: tokens known.
         median_ms, low_ms, high_ms: median, lowest and highest of the rounds' medians of one call.
         rounds: how many rounds; in each every architecture of the study was timed once.
+        seconds: time asked for on each model in each round; 0 where it was not recorded.
         tokens_per_s: tokens / median.
         parameters: elements of all parameters.
     """
@@ -88,18 +99,29 @@ class TimedRow(Trial):
     low_ms: float = _NAN
     high_ms: float = _NAN
     rounds: int = 0
+    seconds: float = added(2, 0.0)
     tokens_per_s: float = _NAN
     parameters: int = 0
     torch_version: str = ""
     triton_version: str = ""
     pkm_triton_version: str = ""
     commit: str = ""
-    schema: int = SCHEMA
+    schema: int = TIMED_SCHEMA
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What makes a row unique: its architecture, the call, and the device."""
-        return (*self.trial.key, self.sequences, self.threads, self.device_name, self.vocab_size)
+        """What makes a row unique: its architecture, the call, the device and the time spent."""
+        call = (self.sequences, self.threads, self.device_name, self.vocab_size)
+        return (*self.trial.key, *call, self.rounds, self.seconds)
+
+    def problem(self) -> str | None:
+        """Why these figures cannot have been measured, or None."""
+        if not 0 < self.low_ms <= self.median_ms <= self.high_ms < math.inf:
+            return (
+                f"low_ms, median_ms and high_ms are {self.low_ms}, {self.median_ms} and "
+                f"{self.high_ms}; rising times above 0 were expected"
+            )
+        return None
 
     @property
     def trial(self) -> Trial:

@@ -66,6 +66,8 @@ def time_models(
             threads=threads,
             device_name=name,
             vocab_size=vocab_size,
+            rounds=rounds,
+            seconds=seconds,
         )
         if file.find(row.key) is None:
             _check_memory(trial, vocab_size, device)
@@ -89,7 +91,6 @@ def time_models(
             "median_ms": median,
             "low_ms": min(found),
             "high_ms": max(found),
-            "rounds": rounds,
             "tokens_per_s": sequences * trial.context / median * 1e3,
             "parameters": count,
         }

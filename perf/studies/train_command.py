@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pkm_triton.checkpoints import save_with_memory
-from pkm_triton.perf.records.environment import resolve_device
+from pkm_triton.perf.records.environment import check_seed, check_threads, resolve_device
 from pkm_triton.perf.records.files import ensure_writable
 
 from .data import make_data
@@ -73,10 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"preset: {arguments.preset!r} is unknown; allowed: {', '.join(PRESETS)}")
     trial = dataclasses.replace(PRESETS[arguments.preset].text, **parse_settings(arguments.set))
     device = resolve_device(arguments.device)
-    if arguments.threads is not None and arguments.threads < 1:
-        raise ValueError(f"threads: {arguments.threads} is too small; at least 1 is needed")
     before = torch.get_num_threads()
-    torch.set_num_threads(arguments.threads or before)
+    threads = before if arguments.threads is None else check_threads(arguments.threads)
+    check_seed(trial.seed)
+    torch.set_num_threads(threads)
     try:
         with ranks_of_torchrun(device) as ranks:
             return _train(arguments, trial, device, ranks)

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 
-from pkm_triton.perf.records.environment import resolve_device
+from pkm_triton.perf.records.environment import check_seed, check_threads, resolve_device
 from pkm_triton.perf.records.files import ensure_writable
 from pkm_triton.perf.records.points import DTYPES, IMPLEMENTATIONS, KEYS, NORMS, PASSES, READS
-from pkm_triton.perf.records.sweep_row import RowFile
-from pkm_triton.perf.report.plot import CSV_NAME
+from pkm_triton.perf.records.sweep_row import CSV_NAME, RowFile
 from pkm_triton.perf.report.write import write_report
 
 from .presets import PRESETS, SECONDS, make_points
@@ -103,6 +102,9 @@ def run(arguments: argparse.Namespace) -> int:
         device=resolve_device(arguments.device),
         all_threads=torch.get_num_threads(),
     )
+    for point in points:
+        check_threads(point.threads)
+    seed = check_seed(arguments.seed)
     memory = arguments.memory_limit
     limits = Limits(
         seconds=SECONDS[arguments.preset] if arguments.seconds is None else arguments.seconds,
@@ -114,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
     ensure_writable(folder)
     file = RowFile(path)
     try:
-        measured = run_sweep(points, file, limits, retry=arguments.retry, seed=arguments.seed)
+        measured = run_sweep(points, file, limits, retry=arguments.retry, seed=seed)
     except KeyboardInterrupt:
         print(
             f"\nStopped; {len(file.rows)} rows are in {path}. "

@@ -69,7 +69,7 @@ def run_sweep(
     Returns:
         The number of points measured, skipped ones included.
     """
-    todo = [point for point in points if _is_open(point, file, retry)]
+    todo = [point for point in points if _is_open(point, file, limits, seed, retry)]
     threads = torch.get_num_threads()
     try:
         with tqdm(total=len(todo), unit="point", dynamic_ncols=True) as progress:
@@ -82,8 +82,8 @@ def run_sweep(
     return len(todo)
 
 
-def _is_open(point: Point, file: RowFile, retry: bool) -> bool:
-    row = file.get(point, device_name(point.device))
+def _is_open(point: Point, file: RowFile, limits: Limits, seed: int, retry: bool) -> bool:
+    row = file.get(point, device_name(point.device), seed, limits.seconds)
     return row is None or (retry and not row.ok)
 
 
@@ -125,6 +125,8 @@ def _measure(points: Sequence[Point], file: RowFile, limits: Limits, seed: int) 
         Row(
             **dataclasses.asdict(point),
             device_name=device_name(point.device),
+            seed=seed,
+            seconds=limits.seconds,
             **software,
             **outcomes[point],
         )

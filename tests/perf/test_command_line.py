@@ -35,8 +35,7 @@ def test_a_sweep_ends_in_a_csv_tables_and_pictures(tmp_path, capsys):
     assert (tmp_path / "b" / "time_by_part.svg").exists()
 
     capsys.readouterr()
-    csv = str(folder / "sweep.csv")
-    assert main(["compare", csv, csv]) == 0
+    assert main(["compare", str(folder / "sweep.csv"), str(folder)]) == 0
     assert "geometric mean of B / A: 1.000" in capsys.readouterr().out
 
 
@@ -52,6 +51,9 @@ def test_a_sweep_ends_in_a_csv_tables_and_pictures(tmp_path, capsys):
         (["--seconds", "0"], "seconds: 0.0 is not allowed"),
         (["--memory-limit", "-2"], "memory-limit: "),
         (["--threads", "0"], "threads: 0 is too small"),
+        (["--threads", "1000000"], "threads: 1000000 is not allowed; 1 to "),
+        (["--seed", str(2**70)], f"seed: {2**70} is not allowed; 0 to 2^63 - 1"),
+        (["--seed", "-1"], "seed: -1 is not allowed"),
     ],
 )
 def test_a_mistake_is_one_clear_line_and_nothing_is_written(arguments, message, tmp_path, capsys):
@@ -98,7 +100,7 @@ def test_a_missing_library_is_named(tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("pkm_triton.perf.")]:
         if not name.endswith("__main__"):
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "pandas", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["plot"]) == 2
     assert "pip install 'pkm-triton[perf]'" in capsys.readouterr().err
 

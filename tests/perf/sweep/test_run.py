@@ -233,7 +233,9 @@ def test_predicted_memory_is_not_below_what_is_needed(file):
 
 
 def a_row(**changes):
-    return Row(**{"device_name": device_name("cpu"), "median_ms": 100.0, **changes})
+    median = changes.get("median_ms", 100.0)
+    figures = {"median_ms": median, "low_ms": median, "high_ms": median}
+    return Row(**{"device_name": device_name("cpu"), **figures, **changes})
 
 
 def test_time_is_predicted_from_the_nearest_smaller_memory():
