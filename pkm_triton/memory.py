@@ -15,12 +15,15 @@ from ._checks import (
     check_tensor,
     check_top_k,
 )
+from ._layer_checks import check_device, check_dtype
+from ._module import HostedModule
+from .batch_norm import recomputing
 from .ops import flat_key_topk, gather_values, product_key_topk
 from .query import QueryNetwork, QueryNorm
 from .usage import MemoryUsage
 
 
-class _KeyValueMemory(nn.Module, ABC):
+class _KeyValueMemory(HostedModule, ABC):
     """What both layers share: a query network, keys, and one table of values for all heads."""
 
     keys_name: ClassVar[str]
@@ -51,7 +54,10 @@ class _KeyValueMemory(nn.Module, ABC):
         if self.query_dim % 2:
             raise ValueError(f"query_dim is {query_dim}, but must be even: a query has two halves")
         self.sparse_grad: SparseGrad = check_sparse_grad(sparse_grad)
-        self.usage: MemoryUsage | None = None
+        check_dtype(dtype)
+        check_device(device)
+        self.usages: list[MemoryUsage] = []
+        self.layer_mask: Tensor | None = None
         self.query_net = QueryNetwork(
             dim, heads, query_dim, query_norm, query_hidden, device=device, dtype=dtype
         )
@@ -68,11 +74,18 @@ class _KeyValueMemory(nn.Module, ABC):
     @abstractmethod
     def _topk(self, query: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def _reset_memory(self) -> None:
-        keys = self.get_parameter(self.keys_name)
-        bound = keys.shape[-1] ** -0.5
-        nn.init.uniform_(keys, -bound, bound)
-        nn.init.normal_(self.values, std=self.value_dim**-0.5)
+    def _reset_memory(self, missing: set[Tensor] | None = None) -> None:
+        keys = getattr(self, self.keys_name)
+        if missing is None or keys in missing:
+            bound = keys.shape[-1] ** -0.5
+            nn.init.uniform_(keys, -bound, bound)
+        if missing is None or self.values in missing:
+            nn.init.normal_(self.values, std=self.value_dim**-0.5)
+
+    def _initialise(self, missing: set[Tensor]) -> None:
+        if missing.issuperset((*self.query_net.parameters(), *self.query_net.buffers())):
+            self.query_net.reset_parameters()
+        self._reset_memory(missing)
 
     def reset_parameters(self) -> None:
         """Initialise all parameters anew.
@@ -82,6 +95,19 @@ class _KeyValueMemory(nn.Module, ABC):
         """
         self.query_net.reset_parameters()
         self._reset_memory()
+
+    def weigh(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """What each query reads, and how much of it: `lookup` after the query network.
+
+        Args:
+            query: [..., H, d_q].
+
+        Returns:
+            weights [..., H, k], float32 (float64 for float64), the softmax of the scores, and
+            slots [..., H, k], int32.
+        """
+        scores, slots = self._topk(query)
+        return scores.softmax(-1), slots
 
     def lookup(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What each token reads, and how much of it.
@@ -96,21 +122,19 @@ class _KeyValueMemory(nn.Module, ABC):
             token, so that it reads, and trains, no row that no real token does.
 
         Raises:
-            TypeError: if x is no floating tensor or mask no bool tensor.
+            TypeError: if x is no floating tensor, or not of the parameters' dtype outside
+                autocast, or mask no bool tensor.
             ValueError: if a shape or a device does not fit.
         """
-        check_tensor("x", x, f"[..., {self.dim}]", 1, exact=False)
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"x must have shape [..., {self.dim}], not {list(x.shape)}")
         if mask is None:
-            scores, slots = self._topk(self.query_net(x))
-            return scores.softmax(-1), slots
+            return self.weigh(self.query_net(x))
+        check_tensor("x", x, f"[..., {self.dim}]", 1, exact=False)
         check_mask(mask, x)
         # Whatever lies in padding, NaN included, must reach neither statistics nor gradients.
         x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        scores, slots = self._topk(self.query_net(x, mask))
+        weights, slots = self.weigh(self.query_net(x, mask))
         real = mask.unsqueeze(-1).unsqueeze(-1)
-        weights = scores.softmax(-1) * real
+        weights = weights * real
         if mask.numel() > 0:
             first = mask.flatten().to(torch.int8).argmax().unsqueeze(0)
             rows = slots.reshape(mask.numel(), self.heads, self.top_k)
@@ -123,18 +147,20 @@ class _KeyValueMemory(nn.Module, ABC):
         Args:
             x: [..., dim].
             mask: [...], bool, False where a token is padding: its output is zero, and it enters
-                neither batch statistics nor gradients.
+                neither batch statistics nor gradients. By default `layer_mask`.
 
         Returns:
             [..., value_dim], in the dtype of `values`.
 
         Raises:
-            TypeError: if x is no floating tensor or mask no bool tensor.
+            TypeError: if x is no floating tensor, or not of the parameters' dtype outside
+                autocast, or mask no bool tensor.
             ValueError: if a shape or a device does not fit.
         """
-        weights, slots = self.lookup(x, mask)
-        if self.usage is not None:
-            self.usage.update(slots, weights)
+        weights, slots = self.lookup(x, self.layer_mask if mask is None else mask)
+        if self.usages and not recomputing():
+            for usage in self.usages:
+                usage.add(slots, weights)
         return gather_values(
             self.values, slots.flatten(-2), weights.flatten(-2), sparse_grad=self.sparse_grad
         )
@@ -152,6 +178,10 @@ class _KeyValueMemory(nn.Module, ABC):
             "query_hidden": list(self.query_net.hidden),
             "sparse_grad": self.sparse_grad,
         }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are not counted by those who count this layer."""
+        return {**self.__dict__, "usages": [], "layer_mask": None}
 
     def extra_repr(self) -> str:
         """The layer's sizes."""
@@ -189,12 +219,15 @@ class ProductKeyMemory(_KeyValueMemory):
         subkeys: parameter [H, 2, N, d_q / 2].
         values: parameter [N², value_dim], shared by all heads. Layers may share it: assign one
             layer's parameter to another.
-        usage: a `MemoryUsage` that is shown every read of a forward pass, or None (see
-            `track_usage`).
+        usages: the `MemoryUsage`s that are shown every read of a forward pass (see `track_usage`);
+            a pass that checkpointing repeats is shown once.
+        layer_mask: a mask for calls that give none; set by the layer around the memory while it
+            runs, where that knows of padding (see `replace_ffn`).
 
     Raises:
-        TypeError: if a size is no integer.
-        ValueError: if a size is out of range, query_dim is odd, or query_norm unknown.
+        TypeError: if a size is no integer, query_hidden no sequence, or dtype no floating dtype.
+        ValueError: if a size is out of range, query_dim is odd, query_norm unknown, or there is no
+            such device.
     """
 
     keys_name = "subkeys"

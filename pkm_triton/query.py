@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ._checks import check_integer
-from .batch_norm import SynchronisedBatchNorm, batch_norm
+from ._checks import check_integer, check_tensor
+from ._layer_checks import check_device, check_dtype, check_meets, check_widths
+from .batch_norm import QueryBatchNorm, QueryLayerNorm, batch_norm
 
 QueryNorm = Literal["batch", "layer"] | None
 
@@ -30,8 +31,8 @@ class QueryNetwork(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        TypeError: if a size is no integer.
-        ValueError: if a size is below 1, or norm unknown.
+        TypeError: if a size is no integer, hidden no sequence, or dtype no floating dtype.
+        ValueError: if a size is below 1, norm unknown, or there is no such device.
     """
 
     def __init__(
@@ -46,11 +47,15 @@ class QueryNetwork(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.dim = check_integer("dim", dim, 1)
         self.heads = check_integer("heads", heads, 1)
         self.query_dim = check_integer("query_dim", query_dim, 1)
-        widths = [check_integer("dim", dim, 1)]
-        self.hidden = tuple(check_integer("query_hidden", width, 1) for width in hidden)
-        widths += self.hidden
+        self.hidden = check_widths("query_hidden", hidden)
+        check_dtype(dtype)
+        check_device(device)
+        if norm not in ("batch", "layer", None):
+            raise ValueError(f"query_norm is {norm!r}, but must be 'batch', 'layer' or None")
+        widths = [self.dim, *self.hidden]
         layers: list[nn.Module] = []
         for width, next_width in zip(widths, [*widths[1:], heads * query_dim], strict=True):
             if layers:
@@ -60,13 +65,11 @@ class QueryNetwork(nn.Module):
         self.norm_name: QueryNorm = norm
         self.norm: nn.Module
         if norm == "batch":
-            self.norm = nn.BatchNorm1d(heads * query_dim, device=device, dtype=dtype)
+            self.norm = QueryBatchNorm(heads * query_dim, device=device, dtype=dtype)
         elif norm == "layer":
-            self.norm = nn.LayerNorm(query_dim, device=device, dtype=dtype)
-        elif norm is None:
-            self.norm = nn.Identity()
+            self.norm = QueryLayerNorm(query_dim, device=device, dtype=dtype)
         else:
-            raise ValueError(f"query_norm is {norm!r}, but must be 'batch', 'layer' or None")
+            self.norm = nn.Identity()
 
     def reset_parameters(self) -> None:
         """Initialise all parameters anew, as torch.nn does."""
@@ -75,10 +78,19 @@ class QueryNetwork(nn.Module):
                 module.reset_parameters()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Queries [..., H, d_q] of tokens x [..., dim]; mask [...] is False where x is padding."""
+        """Queries [..., H, d_q] of tokens x [..., dim]; mask [...] is False where x is padding.
+
+        Raises:
+            TypeError: if x is no floating tensor, or not of the parameters' dtype outside autocast.
+            ValueError: if the shape or device of x does not fit.
+        """
+        check_tensor("x", x, f"[..., {self.dim}]", 1, exact=False)
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"x must have shape [..., {self.dim}], not {list(x.shape)}")
+        check_meets(x, self.layers[0])
         query: Tensor = self.layers(x)
         if isinstance(self.norm, nn.modules.batchnorm._BatchNorm):
-            # It may have become a synchronised one since.
+            # It may have become torch's synchronised one since.
             rows = query.reshape(math.prod(x.shape[:-1]), query.shape[-1])
             query = batch_norm(self.norm, rows, None if mask is None else mask.flatten())
             return query.view(*x.shape[:-1], self.heads, self.query_dim)
@@ -99,6 +111,6 @@ def synchronise_batch_norm(model: nn.Module, group: dist.ProcessGroup | None = N
         The model.
     """
     for module in model.modules():
-        if isinstance(module, QueryNetwork) and type(module.norm) is nn.BatchNorm1d:
-            module.norm = SynchronisedBatchNorm.of(module.norm, group)
+        if isinstance(module, QueryBatchNorm):
+            module.synchronised, module.group = True, group
     return model

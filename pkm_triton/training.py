@@ -52,19 +52,19 @@ def track_usage(model: nn.Module) -> Iterator[dict[str, MemoryUsage]]:
         model: any module; its memory layers are found wherever they are.
 
     Yields:
-        A `MemoryUsage` for each memory layer, by the layer's name in the model.
+        A `MemoryUsage` for each memory layer, by the layer's name in the model. Blocks may be
+        nested or overlap: each counts what is read while it lasts.
     """
     layers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, _KeyValueMemory)
     }
-    before = {name: layer.usage for name, layer in layers.items()}
     usages = {name: MemoryUsage(layer.num_slots) for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.usage = usages[name]
+        layer.usages.append(usages[name])
     try:
         yield usages
     finally:
         for name, layer in layers.items():
-            layer.usage = before[name]
+            layer.usages.remove(usages[name])

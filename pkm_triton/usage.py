@@ -1,10 +1,13 @@
 """How much of a memory is used, and how evenly (paper 4.2)."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ._checks import check_integer, check_same_device, check_slot_range, check_slots, check_tensor
+from ._layer_checks import check_device
 
 
 class MemoryUsage:
@@ -25,25 +28,30 @@ class MemoryUsage:
 
     Raises:
         TypeError: if num_slots is no integer.
-        ValueError: if num_slots is below 1.
+        ValueError: if num_slots is below 1, or there is no such device.
     """
 
     def __init__(self, num_slots: int, device: torch.device | str | None = None) -> None:
         self.num_slots = check_integer("num_slots", num_slots, 1)
+        check_device(device)
         self._device = device
         self.reset()
 
     def reset(self) -> None:
         """Forget all reads."""
-        self.weight_sums = torch.zeros(self.num_slots, dtype=torch.float64, device=self._device)
+        # Not on the default device, which may be meta while a model is built.
+        device = "cpu" if self._device is None else self._device
+        self.weight_sums = torch.zeros(self.num_slots, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(self, slots: Tensor, weights: Tensor) -> None:
-        """Add reads: slots [...], int32 or int64, and their weights [...].
+        """Add reads: slots [...], int32 or int64, and their weights [...], finite and not negative.
 
         Raises:
             TypeError: if slots is no integer tensor or weights no floating tensor.
-            ValueError: if shapes or devices do not fit, or a slot on the CPU is out of range.
+            ValueError: if shapes or devices do not fit, or on the CPU a slot is out of range, or a
+                weight negative, infinite or NaN. On a GPU values are not looked at, since that
+                would wait for the device.
         """
         check_slots(slots)
         check_tensor("weights", weights, "[..., R]", 1, exact=False)
@@ -57,14 +65,31 @@ class MemoryUsage:
             self.weight_sums = self.weight_sums.to(slots.device)
         check_same_device(slots=slots, weights=weights, weight_sums=self.weight_sums)
         check_slot_range(slots, self.num_slots)
+        if weights.device.type == "cpu" and weights.numel() > 0:
+            low, high = (float(end) for end in weights.aminmax())
+            if not (low >= 0 and math.isfinite(high)):  # false for NaN too
+                raise ValueError(
+                    f"weights must be finite and at least 0, but range from {low} to {high}"
+                )
+        self.add(slots, weights)
+
+    @torch.no_grad()
+    def add(self, slots: Tensor, weights: Tensor) -> None:
+        """As `update`, of reads known to be right: nothing is looked at, so it compiles whole."""
+        if self.weight_sums.device != slots.device:
+            self._device = slots.device
+            self.weight_sums = self.weight_sums.to(slots.device)
         self.weight_sums.index_add_(0, slots.flatten(), weights.flatten().to(torch.float64))
 
     def merge(self, other: "MemoryUsage") -> None:
         """Add the reads another instance has seen, on any device.
 
         Raises:
+            TypeError: if the other is no MemoryUsage.
             ValueError: if the other counts a memory of another size.
         """
+        if not isinstance(other, MemoryUsage):
+            raise TypeError(f"other must be a MemoryUsage, not {type(other).__name__}")
         if other.num_slots != self.num_slots:
             raise ValueError(
                 f"other has {other.num_slots} slots, but must have {self.num_slots} to be merged"
@@ -82,4 +107,4 @@ class MemoryUsage:
     def kl(self) -> Tensor:
         """KL divergence of the reads from uniform over all slots, in nats; NaN before any read."""
         z = self.weight_sums / self.weight_sums.sum()
-        return torch.log(torch.tensor(self.num_slots, dtype=z.dtype)) + torch.xlogy(z, z).sum()
+        return math.log(self.num_slots) + torch.xlogy(z, z).sum()

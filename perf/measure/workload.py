@@ -25,12 +25,7 @@ class OwnMemory(nn.Module):
 
     def lookup(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and slots [T, H, k] for queries [T, H, d_q]."""
-        layer = self.layer
-        if isinstance(layer, pkm.ProductKeyMemory):
-            scores, slots = pkm.product_key_topk(query, layer.subkeys, layer.top_k)
-        else:
-            scores, slots = pkm.flat_key_topk(query, layer.keys, layer.top_k)
-        return scores.softmax(-1), slots
+        return self.layer.weigh(query)
 
     def gather(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Outputs [T, d_v] for slots and weights [T, H, k]."""

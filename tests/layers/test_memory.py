@@ -235,12 +235,23 @@ def test_defaults_are_the_papers():
         ({"query_norm": "instance"}, ValueError, "query_norm is 'instance'"),
         ({"query_hidden": (0,)}, ValueError, "query_hidden is 0"),
         ({"value_dim": 0}, ValueError, "value_dim is 0"),
+        ({"query_hidden": 5}, TypeError, "query_hidden must be a sequence of integers"),
+        ({"query_hidden": "5"}, TypeError, "query_hidden must be a sequence of integers"),
+        ({"query_hidden": (4.5,)}, TypeError, "query_hidden must be an integer"),
+        ({"sparse_grad": 1}, ValueError, "sparse_grad is 1, but must be True, False or 'fact"),
+        ({"dtype": torch.complex64}, TypeError, "dtype is torch.complex64, but must be None or"),
+        ({"dtype": torch.int8}, TypeError, "dtype is torch.int8"),
+        ({"dtype": torch.bool}, TypeError, "dtype is torch.bool"),
+        ({"dtype": torch.float8_e4m3fn}, TypeError, "dtype is torch.float8_e4m3fn"),
+        ({"dtype": "float32"}, TypeError, "dtype is 'float32'"),
+        ({"device": "moon"}, ValueError, "device is 'moon', but must be one that this machine"),
+        ({"device": 1.5}, ValueError, "device is 1.5"),
     ],
     ids=lambda case: "-".join(case) if isinstance(case, dict) else "",
 )
 def test_bad_construction(kind, arguments, error, message):
     with pytest.raises(error, match=message):
-        kind(16, device="meta", **{**SIZES, **arguments})
+        kind(16, **{**SIZES, "device": "meta", **arguments})
 
 
 @pytest.mark.parametrize(
@@ -253,10 +264,36 @@ def test_bad_construction(kind, arguments, error, message):
         (torch.randn(3, 16), torch.ones(3), TypeError, "mask must be a bool tensor"),
         (torch.randn(3, 16), [True] * 3, TypeError, "mask must be a bool tensor"),
         (torch.randn(3, 16), torch.ones(3, device="meta") > 0, ValueError, "one device"),
+        (torch.randn(3, 16).half(), None, TypeError, "x has dtype torch.float16, but must have"),
+        (torch.randn(3, 16).double(), None, TypeError, "x has dtype torch.float64, but must have"),
+        (torch.randn(3, 16, device="meta"), None, ValueError, "x is on meta, but must be on cpu"),
     ],
-    ids=["width", "integers", "list", "mask shape", "mask floats", "mask list", "mask device"],
+    ids=[
+        "width",
+        "integers",
+        "list",
+        "mask shape",
+        "mask floats",
+        "mask list",
+        "mask device",
+        "half",
+        "double",
+        "meta",
+    ],
 )
 def test_bad_input(x, mask, error, message):
     layer = pkm.ProductKeyMemory(16, **SIZES)
-    with pytest.raises(error, match=message):
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(error, match=message), pkm.track_usage(layer) as usages:
         layer(x, mask)
+    assert usages[""].weight_sums.sum() == 0
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_dtypes_under_autocast():
+    layer = pkm.ProductKeyMemory(16, **SIZES)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(3, 16).bfloat16()).dtype == torch.float32
+        with pytest.raises(TypeError, match=r"x has dtype torch.float64"):
+            layer(torch.randn(3, 16).double())

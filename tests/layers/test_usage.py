@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -68,6 +69,11 @@ RANK = """
 import pkm_triton as pkm
 usage = pkm.MemoryUsage(50)
 usage.update(*torch.load(f"{folder}/{rank}.pt"))
+alone = pkm.MemoryUsage(50)
+alone.merge(usage)
+groups = [dist.new_group([each]) for each in range(2)]
+alone.all_reduce(groups[rank])
+assert torch.equal(alone.weight_sums, usage.weight_sums)
 usage.all_reduce()
 print(usage.usage().item(), usage.kl().item())
 """
@@ -92,8 +98,11 @@ def test_all_reduce(tmp_path):
         (torch.tensor([1.0]), torch.ones(1), TypeError, "slots has dtype torch.float32"),
         (torch.tensor([1]), torch.ones(1).long(), TypeError, "weights has dtype torch.int64"),
         (torch.tensor([1, 2]), torch.ones(1), ValueError, "the same shape"),
+        (torch.tensor([1, 2]), torch.tensor([0.5, -0.1]), ValueError, "at least 0, but range from"),
+        (torch.tensor([1, 2]), torch.tensor([0.5, torch.nan]), ValueError, "weights must be finit"),
+        (torch.tensor([1, 2]), torch.tensor([0.5, torch.inf]), ValueError, "weights must be finit"),
     ],
-    ids=["high", "negative", "float slots", "integer weights", "shapes"],
+    ids=["high", "low", "float slots", "integer weights", "shapes", "negative", "nan", "infinite"],
 )
 def test_bad_reads_change_nothing(slots, weights, error, message):
     usage = pkm.MemoryUsage(50)
@@ -104,9 +113,13 @@ def test_bad_reads_change_nothing(slots, weights, error, message):
     assert torch.equal(usage.weight_sums, before)
 
 
-def test_bad_size():
+def test_bad_arguments():
     with pytest.raises(ValueError, match="num_slots is 0"):
         pkm.MemoryUsage(0)
+    with pytest.raises(ValueError, match="device is 'moon', but must be one that this machine has"):
+        pkm.MemoryUsage(5, device="moon")
+    with pytest.raises(TypeError, match="other must be a MemoryUsage, not int"):
+        pkm.MemoryUsage(5).merge(5)
 
 
 def test_a_models_memories_are_tracked_while_the_block_lasts():
@@ -129,7 +142,7 @@ def test_a_models_memories_are_tracked_while_the_block_lasts():
         for slot, weight in zip(slots.flatten().tolist(), weights.flatten().tolist(), strict=True):
             brute[slot] += weight
         torch.testing.assert_close(usage.weight_sums, brute)
-        assert layer.usage is None
+        assert layer.usages == []
     net(x)
     assert usages["1"].weight_sums.sum() == pytest.approx(10)
 
@@ -140,4 +153,67 @@ def test_tracking_ends_with_an_error_and_does_not_enter_the_state():
     with pytest.raises(ValueError, match="x must have shape"), pkm.track_usage(layer):  # noqa: PT012
         assert list(layer.state_dict()) == keys
         layer(torch.randn(2, 3))
-    assert layer.usage is None
+    assert layer.usages == []
+
+
+def small():
+    return pkm.ProductKeyMemory(8, num_subkeys=6, heads=2, top_k=3, query_dim=4).eval()
+
+
+def counted(usages):
+    return round(usages[""].weight_sums.sum().item(), 4)
+
+
+def test_blocks_may_be_nested():
+    layer, x = small(), torch.randn(1, 8)
+    with pkm.track_usage(layer) as outer:
+        layer(x)
+        with pkm.track_usage(layer) as inner:
+            layer(x)
+        layer(x)
+    assert (counted(outer), counted(inner)) == (6, 2)
+    assert layer.usages == []
+
+
+def test_blocks_may_overlap():
+    layer, x = small(), torch.randn(1, 8)
+    first, second = pkm.track_usage(layer), pkm.track_usage(layer)
+    one = first.__enter__()
+    layer(x)
+    two = second.__enter__()
+    layer(x)
+    first.__exit__(None, None, None)
+    layer(x)
+    second.__exit__(None, None, None)
+    layer(x)
+    assert (counted(one), counted(two)) == (4, 4)
+    assert layer.usages == []
+
+
+def test_copies_are_not_counted():
+    layer = small()
+    with pkm.track_usage(layer) as usages:
+        twin = copy.deepcopy(layer)
+        twin(torch.randn(1, 8))
+    assert twin.usages == []
+    assert counted(usages) == 0
+
+
+def test_under_a_default_device():
+    layer = small()
+    with torch.device("meta"), pkm.track_usage(layer) as usages:
+        layer(torch.randn(3, 8, device="cpu"))
+    assert counted(usages) == 6
+    assert usages[""].kl().device.type == "cpu"
+
+
+def test_compiled_whole():
+    layer = small()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (4, 5):
+        with pkm.track_usage(layer) as usages:
+            for _ in range(2):
+                compiled(torch.randn(tokens, 8))
+        assert counted(usages) == 4 * tokens
+    compiled(torch.randn(4, 8))
+    assert counted(usages) == 20

@@ -178,7 +178,7 @@ def test_the_progress_line_has_true_figures(make_trainer, monkeypatch):
     assert f"{loss / math.log(2):.4f} bits/byte" in line
     assert f"usage {usage.usage().item():.1%}, KL {usage.kl().item():.2f}" in line
     assert "tokens/s" in line
-    assert memory.usage is None
+    assert memory.usages == []
 
 
 def test_facts_train_too(fact_trial):

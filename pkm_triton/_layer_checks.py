@@ -1,0 +1,58 @@
+"""Checks of what layers are built from: devices, dtypes, flags, lists of widths."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import FLOATING_DTYPES, check_integer
+
+
+def check_device(device: torch.device | str | int | None) -> None:
+    """`device` is None, or one that this machine has."""
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"device is {device!r}, but must be one that this machine has: {error}"
+        ) from None
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """`dtype` is None or one of those that parameters may have."""
+    if dtype is None or dtype in FLOATING_DTYPES:
+        return
+    allowed = ", ".join(str(each) for each in FLOATING_DTYPES)
+    raise TypeError(f"dtype is {dtype!r}, but must be None or one of {allowed}")
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """`value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, but must be True or False")
+    return value
+
+
+def check_widths(name: str, widths: Iterable[int]) -> tuple[int, ...]:
+    """`widths` is a sequence of integers of at least 1; returned as a tuple of ints."""
+    if isinstance(widths, str) or not isinstance(widths, Iterable):
+        raise TypeError(f"{name} must be a sequence of integers, such as (512,), not {widths!r}")
+    return tuple(check_integer(name, width, 1) for width in widths)
+
+
+def check_meets(x: Tensor, first: nn.Module) -> None:
+    """Tokens `x` can meet the first map of a query network."""
+    if type(first) is not nn.Linear or hasattr(first, "_hf_hook"):
+        return  # adapters, quantised and offloaded maps see to dtypes and devices themselves
+    weight = first.weight
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device}, but must be on {weight.device}, as the layer is")
+    if x.dtype != weight.dtype and (
+        torch.float64 in (x.dtype, weight.dtype) or not torch.is_autocast_enabled(x.device.type)
+    ):
+        raise TypeError(
+            f"x has dtype {x.dtype}, but must have the query network's, {weight.dtype} "
+            "(torch.autocast takes others)"
+        )

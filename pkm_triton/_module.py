@@ -1,0 +1,51 @@
+"""What torch's parametrizations and transformers ask of a module with parameters of its own."""
+
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class _AnyName(nn.ModuleDict):
+    """A ModuleDict that takes the names of its own methods, `values` and `keys`, for modules."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        self._modules[name] = module  # pyright: ignore[reportArgumentType]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("values", "keys"):
+            # Where a module has that name, `get_submodule` and its like must find the module.
+            modules = super().__getattribute__("__dict__").get("_modules", {})
+            if name in modules:
+                return modules[name]
+        return super().__getattribute__(name)
+
+
+class HostedModule(nn.Module):
+    """A module with parameters of its own, whose names may be `values` and `keys`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "parametrizations" and type(value) is nn.ModuleDict:
+            # torch.nn.utils.parametrize, spectral norm and PEFT's target_parameters put what they
+            # make of a parameter into a ModuleDict, under the parameter's name.
+            value = _AnyName(dict(value.items()))
+        super().__setattr__(name, value)
+
+    @abstractmethod
+    def _initialise(self, missing: set[Tensor]) -> None:
+        """Initialise those parameters and buffers anew."""
+
+    # transformers builds models on the meta device, and marks what a checkpoint held. It goes
+    # through the modules then, and what has no mark it leaves to `_init_weights` of the model,
+    # which does not know this class; afterwards it marks the module.
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return self.__dict__.get("_initialised", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        if value and not self._is_hf_initialized:
+            tensors = {*self.parameters(), *self.buffers()}
+            self._initialise({t for t in tensors if not getattr(t, "_is_hf_initialized", False)})
+        self.__dict__["_initialised"] = value

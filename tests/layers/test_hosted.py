@@ -1,0 +1,145 @@
+"""The layers within what others build around modules: parametrizations, PEFT, transformers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import pkm_triton as pkm
+
+SIZES = {"num_subkeys": 8, "heads": 2, "top_k": 3, "query_dim": 8}
+KINDS = pytest.mark.parametrize("kind", [pkm.ProductKeyMemory, pkm.FlatKeyMemory])
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@KINDS
+def test_parametrizations_of_every_parameter(kind):
+    layer = kind(8, **SIZES).eval()
+    twin = copy.deepcopy(layer)
+    names = ["values", kind.keys_name]
+    for name in names:
+        parametrize.register_parametrization(layer, name, Double())
+    with torch.no_grad():
+        for name in names:
+            twin.get_parameter(name).mul_(2)
+    x = torch.randn(5, 8)
+    assert torch.equal(layer(x), twin(x))
+    assert {f"parametrizations.{name}.original" for name in names} < set(layer.state_dict())
+    for name in names:
+        module = layer.get_submodule(f"parametrizations.{name}")
+        assert isinstance(module, parametrize.ParametrizationList)
+        assert layer.get_parameter(f"parametrizations.{name}.original").requires_grad
+    fresh = copy.deepcopy(layer)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x), layer(x))
+    layer(x).sum().backward()
+    assert layer.parametrizations["values"].original.grad.abs().sum() > 0
+    for name in names:
+        parametrize.remove_parametrizations(layer, name)
+    assert type(layer) is kind
+    assert torch.equal(layer(x), twin(x))
+
+
+def test_spectral_norm():
+    layer = pkm.ProductKeyMemory(8, **SIZES).eval()
+    parametrizations.spectral_norm(layer, "values", n_power_iterations=20)
+    layer.train()
+    layer(torch.randn(5, 8))
+    assert torch.linalg.matrix_norm(layer.values, 2).item() == pytest.approx(1, abs=0.05)
+
+
+def test_old_state_dicts_load():
+    layer = pkm.FlatKeyMemory(8, **SIZES)
+    assert {"values", "keys"} < set(layer.state_dict())
+
+
+def tiny_llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return transformers.LlamaForCausalLM, config
+
+
+@KINDS
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_memories_that_a_checkpoint_lacks_are_initialised(kind, by_hand, tmp_path):
+    llama, config = tiny_llama()
+
+    def make():
+        return kind(32, num_subkeys=16, query_dim=16)
+
+    class WithMemory(llama):
+        def __init__(self, config):
+            super().__init__(config)
+            if by_hand:
+                self.model.layers[1].mlp = make()
+            else:
+                pkm.replace_ffn(self, [2], make)
+
+    llama(config).save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    memory = WithMemory.from_pretrained(tmp_path).model.layers[1].mlp
+    keys = memory.get_parameter(kind.keys_name)
+    assert memory.values.detach().std().item() == pytest.approx(32**-0.5, rel=0.1)
+    assert keys.abs().max() <= keys.shape[-1] ** -0.5
+    assert keys.detach().std().item() == pytest.approx(keys.shape[-1] ** -0.5 / 3**0.5, rel=0.1)
+    norm = memory.query_net.norm
+    assert (norm.weight == 1).all()
+    assert (norm.running_var == 1).all()
+    assert (norm.bias == 0).all()
+    assert norm.num_batches_tracked == 0
+    linear = memory.query_net.layers[0]
+    assert linear.weight.abs().max() <= 32**-0.5
+    assert all(t.isfinite().all() for t in memory.state_dict().values())
+
+
+def test_what_a_checkpoint_has_is_kept_and_what_it_lacks_is_made(tmp_path):
+    llama, config = tiny_llama()
+
+    class WithMemory(llama):
+        def __init__(self, config):
+            super().__init__(config)
+            pkm.replace_ffn(self, [2], lambda: pkm.ProductKeyMemory(32, **SIZES))
+
+    model = WithMemory(config)
+    model.save_pretrained(tmp_path / "whole")
+    state = model.state_dict()
+    loaded = WithMemory.from_pretrained(tmp_path / "whole").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    name = "model.layers.1.mlp.values"
+    state[name] = state[name].new_full(state[name].shape, torch.nan)
+    model.save_pretrained(
+        tmp_path / "part", state_dict={n: t for n, t in state.items() if n != name}
+    )
+    part = WithMemory.from_pretrained(tmp_path / "part").state_dict()
+    assert part[name].std().item() == pytest.approx(32**-0.5, rel=0.1)
+    assert all(torch.equal(part[n], t) for n, t in state.items() if n != name)
+
+
+def test_adapters_for_the_table_of_values():
+    peft = pytest.importorskip("peft")
+    model = nn.ModuleDict({"memory": pkm.ProductKeyMemory(8, **SIZES)})
+    values = model["memory"].values.detach().clone()
+    config = peft.LoraConfig(target_modules=[], target_parameters=["memory.values"], r=2)
+    adapted = peft.get_peft_model(model, config)
+    trained = [n for n, p in adapted.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora" in name for name in trained)
+    x = torch.randn(5, 8)
+    memory = adapted.base_model.model["memory"]
+    memory(x).square().sum().backward()
+    grads = [p.grad for p in adapted.parameters() if p.requires_grad]
+    assert any(g is not None and g.abs().sum() > 0 for g in grads)
+    assert torch.equal(memory.get_base_layer().values.detach(), values)
