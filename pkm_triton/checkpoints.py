@@ -1,51 +1,61 @@
 """Save a model with its memories in one file, and bring it back bitwise."""
 
 import os
-import pickle
-import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._files import read_tensors, write_tensors
 from .memory import FlatKeyMemory, ProductKeyMemory, _KeyValueMemory
 from .replace import absorbed_modules, put_memory
 
+__all__ = ["load_with_memory", "read_tensors", "save_with_memory", "write_tensors"]
+
 _FORMAT = "pkm_triton model with memory"
-_VERSION = 1
+_VERSION = 2
 _KINDS = {kind.__name__: kind for kind in (ProductKeyMemory, FlatKeyMemory)}
+_EXTRA = "_extra_state"
 
 
 def save_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write all weights of a model, and what its memories are, into one file.
 
     Other ways of saving keep weights alone: a plain `from_pretrained` of what `save_pretrained`
-    wrote builds the model without memories, and silently drops their weights. This file says
-    where each memory lies, with which sizes, and which parameters are shared. It is written whole
-    or not at all: an old file of that name stays until the new one is complete.
+    wrote builds the model without memories, and silently drops their weights (`pkm_triton.hf` has
+    another way). This file says where each memory lies, with which sizes, and which parameters and
+    memories are shared. It has a checksum for every tensor, and is written whole or not at all: an
+    old file of that name stays until the new one is complete.
 
     Args:
-        model: any model whose memories are `ProductKeyMemory` or `FlatKeyMemory` layers.
+        model: any model whose memories are `ProductKeyMemory` or `FlatKeyMemory` layers. What
+            `torch.compile` or a data-parallel wrapper put around it, or around parts of it, is left
+            out.
         path: the file; its folder must exist.
 
     Raises:
-        TypeError: if a memory is of a class derived from those, which could not be built again.
+        TypeError: if a memory is of a class derived from those, which could not be built again, or
+            a part of the state is neither a plain tensor nor, as extra state, plain data: gather
+            sharded tensors first.
         OSError: if the file cannot be written, a full disk for example.
     """
-    memories = {
-        name: {"kind": type(layer).__name__, "arguments": layer.arguments()}
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if isinstance(layer, _KeyValueMemory) and _buildable(name, layer)
-    }
+    model = _unwrapped(model)
+    names: dict[_KeyValueMemory, list[str]] = defaultdict(list)
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, _KeyValueMemory):
+            names[layer].append(_plain(name))
     content = {
         "format": _FORMAT,
         "version": _VERSION,
-        "memories": memories,
+        "memories": [
+            {"names": each, "kind": _kind(each[0], layer), "arguments": layer.arguments()}
+            for layer, each in names.items()
+        ],
         "shared": _shared(model),
-        "state": dict(model.state_dict()),
+        "state": {_plain(key): _savable(key, part) for key, part in model.state_dict().items()},
     }
     write_tensors(Path(path), content)
 
@@ -62,131 +72,199 @@ def load_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> nn.Modul
         The model: every parameter and buffer has the saved bits, and what was shared is shared.
 
     Raises:
-        ValueError: if the file is none of `save_with_memory`, or was saved from a model of
-            another configuration. The model is as it was then.
+        ValueError: if the file is none of `save_with_memory`, is damaged, or was saved from a model
+            of another configuration, or the model has parameters on the meta device, shares
+            parameters which the file has apart, or is compiled in part. The model is as it was.
         OSError: if the file cannot be read.
     """
-    path = Path(path)
-    content = read_tensors(path, _FORMAT, _VERSION)
-    saved: dict[str, Tensor] = content["state"]
-    memories = {
-        name: _built(model, name, saved, **spec) for name, spec in content["memories"].items()
-    }
-    _check_same(_expected_state(model, memories), saved, path)
+    path, whole = Path(path), model
+    model = _unwrapped(model)
+    content = read_tensors(path, _FORMAT, _VERSION, plain=1)
+    try:
+        saved = _Saved(content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is broken: {error}") from None
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"model has {name!r} on the meta device: give it memory first, as "
+                "model.to_empty(device='cpu') does"
+            )
+    memories = {}
+    for names, kind, arguments in saved.memories:
+        memory = _found(model, names, kind, arguments, path)
+        memories |= dict.fromkeys(names, memory)
+    _check_same(_expected_state(model, memories, saved.state), saved.state, path)
+    _check_ties(model, memories, saved.shared, path)
+
     for name, memory in memories.items():
-        memory.train(model.get_submodule(name).training)
-        if model.get_submodule(name) is not memory:
-            put_memory(model, name, memory)
-    for names in content["shared"]:
+        replaced = model.get_submodule(name)
+        if replaced is memory:
+            continue
+        if next(memory.parameters()).is_meta:
+            device = next((p.device for p in replaced.parameters()), torch.device("cpu"))
+            memory.to_empty(device=device).train(replaced.training)
+        put_memory(model, name, memory)
+    for names in saved.shared:
         for name in names[1:]:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, model.get_parameter(names[0]))
-    model.load_state_dict(saved)
-    return model
+    model.load_state_dict(saved.state)
+    return whole
 
 
-def write_tensors(path: Path, content: Mapping[str, Any]) -> None:
-    """Write plain data and tensors as `torch.save` does: the whole file or nothing.
+class _Saved:
+    """What a file holds, its form checked.
 
-    Raises:
-        OSError: if the file cannot be written.
+    Attributes:
+        state: the state dict.
+        memories: of each memory its names, its kind, and the arguments that make it.
+        shared: the names of each parameter that has several.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            try:
-                torch.save(dict(content), file)
-            except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # the reason, which torch hides
-                    raise error.__context__ from None
-                raise
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(path)
-        raise
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self.state: dict[str, Any] = content["state"]
+        for key, part in self.state.items():
+            if not isinstance(key, str) or not (_is_plain(part) or key.endswith(_EXTRA)):
+                raise ValueError(f"the state {key!r} is no plain tensor")
+        memories = content["memories"]
+        if content["version"] == 1:
+            memories = [{"names": [name], **memory} for name, memory in memories.items()]
+        self.memories: list[tuple[list[str], type[_KeyValueMemory], dict[str, Any]]] = []
+        for memory in memories:
+            kind = _KINDS.get(memory["kind"])
+            if kind is None:
+                raise ValueError(f"there is no memory of the kind {memory['kind']!r}")
+            self.memories.append((_names(memory["names"]), kind, dict(memory["arguments"])))
+        self.shared = [_names(names) for names in content["shared"]]
+        for names in self.shared:
+            shapes = {(self.state[n].shape, self.state[n].dtype) for n in names}
+            if len(shapes) > 1:
+                raise ValueError(f"shared parameters differ in shape or dtype: {names}")
 
 
-def read_tensors(path: Path, form: str, version: int) -> dict[str, Any]:
-    """Read what `write_tensors` wrote, with "format" and "version" among it.
-
-    Raises:
-        ValueError: if the file is broken, or of another format or version.
-        OSError: if the file cannot be read.
-    """
-    with path.open("rb"):
-        pass  # a file that is missing or may not be read is said as such
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{str(path)!r} is no file of {form}, or broken: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != form:
-        raise ValueError(f"{str(path)!r} is no file of {form}")
-    if content.get("version") != version:
-        raise ValueError(
-            f"{str(path)!r} has version {content.get('version')}, but this reads version {version}"
-        )
-    return content
+def _names(names: Any) -> list[str]:
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"{names!r} is no list of names")
+    return names
 
 
-def _buildable(name: str, layer: _KeyValueMemory) -> bool:
-    if _KINDS.get(type(layer).__name__) is not type(layer):
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model within what torch.compile and data parallelism put around it."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def _plain(name: str) -> str:
+    """A name without what torch.compile adds to it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _is_plain(part: Any) -> bool:
+    return type(part) in (Tensor, nn.Parameter) and part.layout == torch.strided
+
+
+def _savable(key: str, part: Any) -> Any:
+    if key.endswith(_EXTRA) and _is_data(part):
+        return part
+    if not _is_plain(part):
         raise TypeError(
-            f"the memory {name!r} is a {type(layer).__name__}, but only "
-            f"{' and '.join(_KINDS)} can be saved with what they are"
+            f"the state {key!r} is a {type(part).__name__}, but must be a plain tensor, or as "
+            "extra state plain data: of sharded tensors gather the full state first"
         )
-    return True
+    if part.is_meta:
+        raise TypeError(f"the state {key!r} is on the meta device, and holds nothing to save")
+    overlaps = part.numel() * part.element_size() > part.untyped_storage().nbytes()
+    return part.contiguous() if overlaps else part
+
+
+def _is_data(part: Any) -> bool:
+    if isinstance(part, dict):
+        return all(_is_data(each) for pair in part.items() for each in pair)
+    if isinstance(part, (list, tuple)):
+        return all(_is_data(each) for each in part)
+    return part is None or type(part) in (bool, int, float, str, bytes) or _is_plain(part)
+
+
+def _kind(name: str, layer: _KeyValueMemory) -> str:
+    kind = type(layer).__name__
+    if _KINDS.get(kind) is not type(layer):
+        raise TypeError(
+            f"the memory {name!r} is a {kind}, but only {' and '.join(_KINDS)} can be saved with "
+            "what they are"
+        )
+    return kind
 
 
 def _shared(model: nn.Module) -> list[list[str]]:
     """The names of each parameter that has several."""
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
+        names[id(parameter)].append(_plain(name))
     return [each for each in names.values() if len(each) > 1]
 
 
-def _built(
-    model: nn.Module, name: str, saved: Mapping[str, Tensor], kind: str, arguments: dict[str, Any]
+def _found(
+    model: nn.Module,
+    names: Iterable[str],
+    kind: type[_KeyValueMemory],
+    arguments: dict[str, Any],
+    path: Path,
 ) -> _KeyValueMemory:
-    """The memory `name`: the model's own if it is there already, else one of the saved dtypes."""
-    try:
-        present = model.get_submodule(name)
-    except AttributeError:
-        raise ValueError(f"model has no module {name!r}, where a memory was saved") from None
-    if isinstance(present, _KeyValueMemory):
-        if type(present).__name__ != kind or present.arguments() != arguments:
+    """The memory of those names: the model's own if it is there already, else one without data."""
+    memory = None
+    for name in names:
+        try:
+            present = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"model has no module {name!r}, where {str(path)!r} has a memory"
+            ) from None
+        if not isinstance(present, _KeyValueMemory):
+            continue
+        if type(present) is not kind or present.arguments() != arguments:
             raise ValueError(
                 f"the model's memory {name!r} is {type(present).__name__} {present.arguments()}, "
-                f"but the saved one is {kind} {arguments}"
+                f"but the saved one is {kind.__name__} {arguments}"
             )
-        return present
-    device = next((p.device for p in present.parameters()), torch.device("cpu"))
-    with torch.device("meta"):
-        memory = _KINDS[kind](**arguments)
-    for key, tensor in memory.state_dict(keep_vars=True).items():
-        tensor.data = tensor.data.to(saved[f"{name}.{key}"].dtype)
-    return memory.to_empty(device=device)
+        memory = memory or present
+    if memory is not None:
+        return memory
+    try:
+        return kind(**{**arguments, "device": "meta"})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{str(path)!r} is broken: no memory can be so: {error}") from None
 
 
-def _expected_state(model: nn.Module, memories: Mapping[str, _KeyValueMemory]) -> dict[str, Tensor]:
-    """What the state of the model will be once the memories are in their places."""
+def _expected_state(
+    model: nn.Module, memories: Mapping[str, _KeyValueMemory], saved: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the state of the model will be once the memories are in their places.
+
+    A memory without data is given the saved dtypes.
+    """
     gone = [*memories, *(name for place in memories for name in absorbed_modules(model, place))]
     state = {
-        key: tensor
-        for key, tensor in model.state_dict().items()
+        key: part
+        for key, part in model.state_dict().items()
         if not any(key.startswith(f"{name}.") for name in gone)
     }
     for name, memory in memories.items():
-        state |= {f"{name}.{key}": tensor for key, tensor in memory.state_dict().items()}
+        for key, tensor in memory.state_dict(keep_vars=True).items():
+            theirs = saved.get(f"{name}.{key}")
+            if tensor.is_meta and theirs is not None and theirs.is_floating_point():
+                tensor.data = tensor.data.to(theirs.dtype)
+            state[f"{name}.{key}"] = tensor
     return state
 
 
-def _check_same(expected: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path) -> None:
+def _check_same(expected: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> None:
     for key in sorted({*expected, *saved}):
         if key not in saved or key not in expected:
             raise ValueError(
@@ -194,9 +272,40 @@ def _check_same(expected: Mapping[str, Tensor], saved: Mapping[str, Tensor], pat
                 f"{key!r} is in the {'file' if key in saved else 'model'} only"
             )
         ours, theirs = expected[key], saved[key]
+        if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
+            continue  # extra state, whose meaning is the module's
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
             raise ValueError(
                 f"{str(path)!r} was saved from a model of another configuration: {key!r} is "
                 f"{theirs.dtype} {list(theirs.shape)} there, but {ours.dtype} "
                 f"{list(ours.shape)} in the model"
+            )
+
+
+def _check_ties(
+    model: nn.Module,
+    memories: Mapping[str, _KeyValueMemory],
+    shared: list[list[str]],
+    path: Path,
+) -> None:
+    """What the file shares are parameters, and the model shares nothing else."""
+    gone = [*memories, *(name for place in memories for name in absorbed_modules(model, place))]
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not any(name.startswith(f"{each}.") for each in gone):
+            names[id(parameter)].append(name)
+    for place, memory in memories.items():
+        for name, parameter in memory.named_parameters():
+            names[id(parameter)].append(f"{place}.{name}")
+    every = {name for each in names.values() for name in each}
+    for each in shared:
+        for name in each:
+            if name not in every:
+                raise ValueError(f"{str(path)!r} is broken: {name!r} is no parameter of the model")
+    groups = [set(each) for each in shared]
+    for each in names.values():
+        if len(each) > 1 and not any(set(each) <= group for group in groups):
+            raise ValueError(
+                f"the model shares one parameter between {' and '.join(map(repr, each))}, which "
+                f"{str(path)!r} has apart"
             )

@@ -21,7 +21,7 @@ from .ranks import Ranks
 from .trial import Trial, build_model
 
 BETAS = (0.9, 0.98)
-_FORMAT, _VERSION = "pkm_triton training checkpoint", 1
+_FORMAT, _VERSION = "pkm_triton training checkpoint", 2
 
 
 def learning_rate_factor(step: int, warmup: int) -> float:
@@ -170,7 +170,7 @@ class Trainer:
         Raises:
             ValueError: the file is broken, or of another trial.
         """
-        content = read_tensors(path, _FORMAT, _VERSION)
+        content = read_tensors(path, _FORMAT, _VERSION, plain=1)
         ours, theirs = dataclasses.asdict(self.trial), content["trial"]
         different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
         if different:

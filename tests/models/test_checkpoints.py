@@ -7,7 +7,8 @@ from small_models import HUGGING_FACE, make_memory
 from torch import nn
 
 import pkm_triton as pkm
-from pkm_triton import checkpoints
+from pkm_triton import _files, checkpoints
+from pkm_triton.batch_norm import QueryBatchNorm
 from pkm_triton.transformer import Transformer, load_with_memory, replace_ffn, save_with_memory
 
 
@@ -117,7 +118,8 @@ def test_shared_values_and_a_shared_layer_stay_shared(tmp_path):
     tables = [layer.ffn.values for layer in loaded.layers]
     assert tables[0] is tables[1]
     assert tables[1] is tables[2]
-    assert loaded.layers[2].ffn.subkeys is loaded.layers[1].ffn.subkeys
+    assert loaded.layers[2].ffn is loaded.layers[1].ffn
+    assert loaded.layers[1].ffn is not loaded.layers[0].ffn
     assert len(list(loaded.parameters())) == len(list(model.parameters()))
 
     apart = with_memories(own(), layers=(1, 2, 3))
@@ -145,7 +147,7 @@ def test_a_synchronised_norm_comes_back_as_batch_norm(tmp_path):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(with_memories(own()))
     save_with_memory(model, tmp_path / "model.pt")
     loaded = load_with_memory(own(), tmp_path / "model.pt")
-    assert type(loaded.layers[0].ffn.query_net.norm) is nn.BatchNorm1d
+    assert type(loaded.layers[0].ffn.query_net.norm) is QueryBatchNorm
     assert_same_bits(loaded, model)
 
 
@@ -191,10 +193,10 @@ def test_files_that_are_none(tmp_path):
 
 
 def test_another_version(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_VERSION", 2)
+    monkeypatch.setattr(checkpoints, "_VERSION", 3)
     save_with_memory(own(), tmp_path / "model.pt")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="has version 2, but this reads version 1"):
+    with pytest.raises(ValueError, match="has version 3, but this reads version 2"):
         load_with_memory(own(), tmp_path / "model.pt")
 
 
@@ -229,10 +231,192 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 def test_torchs_writer_tells_of_a_full_disk(tmp_path, monkeypatch):
     """The bytes of a large file meet a disk without space: the reason is not lost."""
 
-    def on_a_full_disk(**_):
-        return os.open("/dev/full", os.O_WRONLY), str(tmp_path / "gone")
+    def on_a_full_disk(_):
+        return os.open("/dev/full", os.O_WRONLY), tmp_path / "gone"
 
-    monkeypatch.setattr(checkpoints.tempfile, "mkstemp", on_a_full_disk)
+    monkeypatch.setattr(_files, "_create", on_a_full_disk)
     with pytest.raises(OSError, match="No space left on device"):
         save_with_memory(with_memories(own()), tmp_path / "model.pt")
     assert list(tmp_path.iterdir()) == []
+
+
+def twins(tied):
+    """Two maps, which may be one parameter, and a memory."""
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "m": make_memory()})
+    if tied:
+        model["b"].weight = model["a"].weight
+    return model
+
+
+def unchanged(model, before):
+    after = model.state_dict()
+    return list(before) == list(after) and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def copied(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_parameters_that_the_model_shares_and_the_file_has_apart(tmp_path):
+    save_with_memory(twins(False), tmp_path / "model.pt")
+    model = twins(True)
+    before = copied(model)
+    with pytest.raises(ValueError, match=r"parameter between 'a.weight' and 'b.weight', which"):
+        load_with_memory(model, tmp_path / "model.pt")
+    assert unchanged(model, before)
+    save_with_memory(twins(True), tmp_path / "model.pt")
+    loaded = load_with_memory(twins(False), tmp_path / "model.pt")
+    assert loaded["a"].weight is loaded["b"].weight
+
+
+def test_tables_that_the_model_shares_and_the_file_has_apart(tmp_path):
+    save_with_memory(with_memories(own()), tmp_path / "model.pt")
+    model = with_memories(own())
+    model.layers[2].ffn.values = model.layers[0].ffn.values
+    before = copied(model)
+    with pytest.raises(ValueError, match=r"between 'layers.0.ffn.values' and 'layers.2.ffn.val"):
+        load_with_memory(model, tmp_path / "model.pt")
+    assert unchanged(model, before)
+    model.layers[2].ffn = model.layers[0].ffn
+    with pytest.raises(ValueError, match="the model shares one parameter between"):
+        load_with_memory(model, tmp_path / "model.pt")
+
+
+class Extra(nn.Linear):
+    def __init__(self, state):
+        super().__init__(4, 4)
+        self.state = state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+def test_extra_state(tmp_path):
+    state = {"scale": [1.5, None, {"name": (True, "x")}], "of": torch.arange(3)}
+    model = nn.ModuleDict({"extra": Extra(state), "m": make_memory()})
+    save_with_memory(model, tmp_path / "model.pt")
+    other = nn.ModuleDict({"extra": Extra(None), "m": make_memory()})
+    loaded = load_with_memory(other, tmp_path / "model.pt")["extra"].state
+    assert loaded["scale"] == state["scale"]
+    assert torch.equal(loaded["of"], state["of"])
+    model["extra"].state = {"of": object()}
+    with pytest.raises(TypeError, match=r"the state 'extra._extra_state' is a dict, but must be"):
+        save_with_memory(model, tmp_path / "other.pt")
+    assert not (tmp_path / "other.pt").exists()
+
+
+def test_models_without_data(tmp_path):
+    save_with_memory(with_memories(own()), tmp_path / "model.pt")
+    with torch.device("meta"):
+        model = own()
+    with pytest.raises(ValueError, match=r"model has 'tokens.weight' on the meta device: give it"):
+        load_with_memory(model, tmp_path / "model.pt")
+    with pytest.raises(TypeError, match="is on the meta device, and holds nothing to save"):
+        save_with_memory(model, tmp_path / "other.pt")
+    load_with_memory(model.to_empty(device="cpu"), tmp_path / "model.pt")
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        compiled,
+        nn.DataParallel,
+        lambda model: compiled(nn.DataParallel(model)),
+        lambda model: (model.layers.__setitem__(0, compiled(model.layers[0])), model)[1],
+    ],
+    ids=["compiled", "parallel", "both", "compiled in part"],
+)
+def test_wrappers_are_left_out(wrap, tmp_path):
+    model = with_memories(own())
+    state = copied(model)
+    save_with_memory(wrap(model), tmp_path / "model.pt")
+    loaded = load_with_memory(own(), tmp_path / "model.pt")
+    assert unchanged(loaded, state)
+
+
+def test_loading_into_a_wrapped_model(tmp_path):
+    model = with_memories(own())
+    save_with_memory(model, tmp_path / "model.pt")
+    wrapped = compiled(own())
+    assert load_with_memory(wrapped, tmp_path / "model.pt") is wrapped
+    assert_same_bits(wrapped._orig_mod, model)
+
+
+def test_sharded_state_is_refused(tmp_path):
+    class Shard(torch.Tensor):
+        pass
+
+    model = with_memories(own())
+    model.tokens.weight = nn.Parameter(model.tokens.weight.detach().as_subclass(Shard))
+    with pytest.raises(TypeError, match=r"'tokens.weight' is a Shard, but must be a plain tensor"):
+        save_with_memory(model, tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def rename(content, old, new):
+    content["state"] = {new if n == old else n: t for n, t in content["state"].items()}
+
+
+MEMORY = "layers.0.ffn"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("state"), "broken: 'state'"),
+        (lambda c: c.pop("memories"), "broken: 'memories'"),
+        (lambda c: c.update(memories=3), "broken"),
+        (lambda c: c.update(state=[]), "broken"),
+        (lambda c: c["state"].update(x=3), "broken: the state 'x' is no plain tensor"),
+        (lambda c: c["memories"][0].pop("kind"), "broken: 'kind'"),
+        (lambda c: c["memories"][0].update(kind="Linear"), "no memory of the kind 'Linear'"),
+        (lambda c: c["memories"][0].update(names=MEMORY), "'layers.0.ffn' is no list of names"),
+        (lambda c: c["memories"][0].update(names=["nowhere"]), "model has no module 'nowhere'"),
+        (lambda c: c["memories"][0]["arguments"].update(top_k=65), "broken: no memory can be so"),
+        (lambda c: c["memories"][0]["arguments"].update(wings=2), "broken: no memory can be so"),
+        (lambda c: c["memories"][0]["arguments"].update(heads=2**40), "another configur"),
+        (lambda c: c["memories"][0]["arguments"].update(num_subkeys=40000), "another configurat"),
+        (lambda c: c.update(shared=[["layers.0.ffn.values", "nothing"]]), "broken: 'nothing'"),
+        (lambda c: c.update(shared=[["tokens.weight", "positions.weight"]]), "differ in shape"),
+        (
+            lambda c: c.update(shared=[[f"{MEMORY}.query_net.norm.running_mean"]]),
+            "'layers.0.ffn.query_net.norm.running_mean' is no parameter of the model",
+        ),
+        (lambda c: rename(c, "tokens.weight", "tokens.height"), "'tokens.height' is in the file"),
+    ],
+)
+def test_a_crafted_file_is_refused_and_changes_nothing(change, message, tmp_path):
+    path = tmp_path / "model.pt"
+    save_with_memory(with_memories(own()), path)
+    content = torch.load(path)
+    content.pop("checksums")
+    change(content)
+    checkpoints.write_tensors(path, content)
+    model = own()
+    before, modules = copied(model), dict(model.named_modules())
+    with pytest.raises(ValueError, match=f"(?s)model.pt.*{message}|{message}.*model.pt"):
+        load_with_memory(model, path)
+    assert unchanged(model, before)
+    assert dict(model.named_modules()) == modules
+
+
+def test_files_of_the_first_version(tmp_path):
+    path = tmp_path / "model.pt"
+    model = with_memories(own())
+    save_with_memory(model, path)
+    content = torch.load(path)
+    content.pop("checksums")
+    content["version"] = 1
+    content["memories"] = {
+        memory["names"][0]: {"kind": memory["kind"], "arguments": memory["arguments"]}
+        for memory in content["memories"]
+    }
+    torch.save(content, path)
+    assert_same_bits(load_with_memory(own(), path), model)
