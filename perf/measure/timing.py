@@ -1,37 +1,56 @@
 """Time passes against each other, and turn a built point into the figures of a row."""
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from pkm_triton.perf.records.points import Point
 
 from . import roofline
 from .memory import measure_peak
-from .workload import Pass, Workload
+from .workload import Parts, Pass, Workload
 
 MIN_SAMPLES = 3
 ROUND_SECONDS = 0.02
 """A turn of one pass in a round: long enough to be at home in the caches again."""
+UNEVEN = 0.3
+"""The 80th percentile above the 20th, over the median: from here on a row carries a remark."""
+STEADY = 0.1
+"""Passes that differ by more than this are timed for longer."""
+PATIENCE = 3
+"""How many times the time asked for a pass may take until it is steady."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median, 20th and 80th percentile of the time of one pass, milliseconds."""
+    """How long one pass takes.
+
+    Attributes:
+        median_ms, low_ms, high_ms: median, 20th and 80th percentile, milliseconds.
+        samples: passes timed.
+        cpu_ms: median CPU time, all threads together; on a GPU, of the launches.
+        others: cores' worth of CPU time that other processes took meanwhile.
+        remark: `busy: why` or `uneven: how much`, or empty.
+    """
 
     median_ms: float
     low_ms: float
     high_ms: float
     samples: int
+    cpu_ms: float
+    others: float
+    remark: str
 
 
 def time_passes(
     passes: Sequence[Pass],
     *,
-    seconds: float,
+    seconds: float | Sequence[float],
     device: str = "cpu",
     min_samples: int = MIN_SAMPLES,
 ) -> list[Timing]:
@@ -39,22 +58,30 @@ def time_passes(
 
     Each pass runs once to warm up, which counts only if it took longer than `seconds`. Then
     rounds follow, in which each pass runs for a turn of some milliseconds, until each has run for
-    `seconds` and `min_samples` times.
+    `seconds` and `min_samples` times, and then on, up to three times as long, while its samples
+    differ by more than a tenth.
 
     Args:
         passes: what to time.
-        seconds: time to spend on each.
+        seconds: time to spend on each; one figure for all, or one each.
         device: `cpu`, or `cuda` (CUDA events, with the L2 cache cleared before each pass).
         min_samples: passes to time at least.
     """
+    budget = [seconds] * len(passes) if isinstance(seconds, float | int) else list(seconds)
     time_once = _CudaTimer() if device == "cuda" else _time_on_cpu
+    others = _Others()
     first = [time_once(each) for each in passes]
-    turns = [_turn(taken) for taken in first]
-    samples = [[taken] if taken > seconds else [] for taken in first]
-    spent = [sum(taken) for taken in samples]
+    turns = [_turn(taken.wall) for taken in first]
+    samples = [
+        [taken] if taken.wall > allowed else []
+        for taken, allowed in zip(first, budget, strict=True)
+    ]
+    spent = [sum(sample.wall for sample in taken) for taken in samples]
 
     def finished(place: int) -> bool:
-        return spent[place] >= seconds and len(samples[place]) >= min_samples
+        if spent[place] < budget[place] or len(samples[place]) < min_samples:
+            return False
+        return spent[place] >= PATIENCE * budget[place] or _spread(samples[place]) <= STEADY
 
     while not all(map(finished, range(len(passes)))):
         for place, each in enumerate(passes):
@@ -63,7 +90,16 @@ def time_passes(
             started = time.perf_counter()
             samples[place] += [time_once(each) for _ in range(turns[place])]
             spent[place] += time.perf_counter() - started
-    return [_timing(each) for each in samples]
+    taken = others.cores()
+    return [_timing(each, taken) for each in samples]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Seconds of one pass: of the clock, and of all of the process's threads."""
+
+    wall: float
+    cpu: float
 
 
 def _turn(seconds: float) -> int:
@@ -71,21 +107,67 @@ def _turn(seconds: float) -> int:
     return max(1, min(1000, round(ROUND_SECONDS / max(seconds, 1e-9))))
 
 
-def _timing(samples: Sequence[float]) -> Timing:
+def _quantiles(samples: Sequence[_Sample]) -> tuple[float, float, float]:
+    """The 20th, the 50th and the 80th percentile of the time, seconds."""
     quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    low, median, high = torch.tensor(samples, dtype=torch.float64).quantile(quantiles).tolist()
-    return Timing(median * 1e3, low * 1e3, high * 1e3, len(samples))
+    times = torch.tensor([sample.wall for sample in samples], dtype=torch.float64)
+    low, median, high = times.quantile(quantiles).tolist()
+    return low, median, high
 
 
-def _time_on_cpu(each: Pass) -> float:
+def _spread(samples: Sequence[_Sample]) -> float:
+    low, median, high = _quantiles(samples)
+    return (high - low) / median
+
+
+def _timing(samples: Sequence[_Sample], others: float) -> Timing:
+    low, median, high = (1e3 * value for value in _quantiles(samples))
+    cpu = torch.tensor([sample.cpu for sample in samples], dtype=torch.float64).median().item()
+    remark = _remark(others, (high - low) / median, torch.get_num_threads())
+    return Timing(median, low, high, len(samples), cpu * 1e3, others, remark)
+
+
+def _remark(others: float, spread: float, threads: int) -> str:
+    cores = os.cpu_count() or 1
+    # A quarter of a core is what the system itself takes now and then.
+    if others + threads > cores + 0.25:
+        return f"busy: other processes took {others:.1f} of {cores} cores"
+    if spread > UNEVEN:
+        return f"uneven: from the 20th to the 80th percentile {spread:.0%} of the median"
+    return ""
+
+
+class _Others:
+    """CPU time of other processes since this was made; of other machines on the same host too."""
+
+    def __init__(self) -> None:
+        self._wall, self._busy, self._own = self._now()
+
+    def cores(self) -> float:
+        """Cores' worth of it."""
+        wall, busy, own = self._now()
+        return max(0.0, (busy - self._busy) - (own - self._own)) / max(wall - self._wall, 1e-9)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        # Guests are counted among the user's time as well.
+        guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+        return time.perf_counter(), sum(times) - idle - guests, time.process_time()
+
+
+def _time_on_cpu(each: Pass) -> _Sample:
     each.clear()
+    cpu = time.process_time()
     started = time.perf_counter()
     each.run()
-    return time.perf_counter() - started
+    wall = time.perf_counter() - started
+    return _Sample(wall, time.process_time() - cpu)
 
 
 class _CudaTimer:
-    """Seconds of a pass between two CUDA events, from a cold L2 cache."""
+    """A pass between two CUDA events, from a cold L2 cache."""
 
     def __init__(self) -> None:
         size = max(2**28, 2 * getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0))
@@ -93,14 +175,16 @@ class _CudaTimer:
         self._start = torch.cuda.Event(enable_timing=True)
         self._end = torch.cuda.Event(enable_timing=True)
 
-    def __call__(self, each: Pass) -> float:
+    def __call__(self, each: Pass) -> _Sample:
         each.clear()
         self._cache.zero_()
+        cpu = time.process_time()
         self._start.record()
         each.run()
         self._end.record()
+        cpu = time.process_time() - cpu
         self._end.synchronize()
-        return self._start.elapsed_time(self._end) / 1e3
+        return _Sample(self._start.elapsed_time(self._end) / 1e3, cpu)
 
 
 def measure_group(
@@ -117,10 +201,18 @@ def measure_group(
         The measured columns of each point's row.
     """
     device = points[0].device
-    timings = time_passes([each.whole for each in workloads], seconds=seconds, device=device)
+    wholes = [each.whole for each in workloads]
+    parts = [each.parts() for each in workloads]
+    # The parts are timed in the same rounds: what slows the whole slows them too.
+    passes = [*wholes, *(part for each in parts if each is not None for part in each.passes())]
+    budget = [seconds] * len(wholes) + [seconds / 3] * (len(passes) - len(wholes))
+    timings = time_passes(passes, seconds=budget, device=device)
+    of_wholes, of_parts = timings[: len(wholes)], iter(timings[len(wholes) :])
     return [
-        _speed(point, timing) | _memory(point, workload) | _parts(point, workload, timing, seconds)
-        for point, workload, timing in zip(points, workloads, timings, strict=True)
+        _speed(point, timing)
+        | _memory(point, workload)
+        | ({} if each is None else _traffic(point, each, timing) | _times(each, of_parts))
+        for point, workload, each, timing in zip(points, workloads, parts, of_wholes, strict=True)
     ]
 
 
@@ -130,6 +222,9 @@ def _speed(point: Point, timing: Timing) -> dict[str, Any]:
         "low_ms": timing.low_ms,
         "high_ms": timing.high_ms,
         "samples": timing.samples,
+        "cpu_ms": timing.cpu_ms,
+        "others": timing.others,
+        "remark": timing.remark,
         "tokens_per_s": point.tokens / timing.median_ms * 1e3,
     }
 
@@ -145,21 +240,16 @@ def _memory(point: Point, workload: Workload) -> dict[str, Any]:
     }
 
 
-def _parts(point: Point, workload: Workload, timing: Timing, seconds: float) -> dict[str, Any]:
-    """Each part's time, and the traffic, which needs the slots that are read."""
-    parts = workload.parts()
-    if parts is None:
-        return {}
+def _traffic(point: Point, parts: Parts, timing: Timing) -> dict[str, Any]:
     moved = roofline.moved_bytes(point, parts.distinct_slots)
     columns = {"moved_bytes": float(moved)}
     bandwidth = roofline.bandwidth(point.device)
     if bandwidth:
         columns["roofline"] = moved / bandwidth / (timing.median_ms / 1e3)
-    for name in ("query", "lookup", "gather"):
-        part: Pass = getattr(parts, name)
-        (part_timing,) = time_passes(
-            [part], seconds=seconds / 3, device=point.device, min_samples=1
-        )
-        part.clear()
-        columns[f"{name}_ms"] = part_timing.median_ms
     return columns
+
+
+def _times(parts: Parts, timings: Iterator[Timing]) -> dict[str, Any]:
+    for part in parts.passes():
+        part.clear()
+    return {f"{name}_ms": next(timings).median_ms for name in Parts.NAMES}

@@ -25,7 +25,11 @@ class OwnMemory(nn.Module):
 
     def lookup(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and slots [T, H, k] for queries [T, H, d_q]."""
+<<<<<<< HEAD
         return self.layer.weigh(query)
+=======
+        return self.layer.weigh(query)
+>>>>>>> 52a8bdb (wip)
 
     def gather(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Outputs [T, d_v] for slots and weights [T, H, k]."""
@@ -151,10 +155,15 @@ class Pass:
 class Parts:
     """A pass for each part of a layer, and how many different slots the gather reads."""
 
+    NAMES = ("query", "lookup", "gather")
     query: Pass
     lookup: Pass
     gather: Pass
     distinct_slots: int
+
+    def passes(self) -> tuple[Pass, ...]:
+        """The three of `NAMES`, in that order."""
+        return (self.query, self.lookup, self.gather)
 
 
 class Workload:

@@ -68,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="skip a point predicted to need more (default: what is available)",
     )
     parser.add_argument(
-        "--retry", action="store_true", help="measure again the points that are not ok"
+        "--retry",
+        action="store_true",
+        help="measure again the points that are not ok, or whose row carries a remark",
     )
     parser.add_argument("--seed", type=int, default=0, help="of parameters, inputs and reads")
     axes = parser.add_argument_group("axes", "each replaces that axis in every grid of the preset")
@@ -129,6 +131,13 @@ def run(arguments: argparse.Namespace) -> int:
         f"{measured} points measured, {len(points) - measured} were there already; in the file: "
         + ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     )
+    remarks = [row.remark for row in file.rows if row.remark]
+    if remarks:
+        print(
+            f"Of {len(remarks)} rows the times are not to be relied on ({remarks[-1]}); the column "
+            "'remark' says which. The same command with --retry measures them again.",
+            file=sys.stderr,
+        )
     for written in (path, *write_report(file.rows, folder)):
         print(written)
     return 0

@@ -63,7 +63,7 @@ def run_sweep(
         points: what to measure.
         file: where rows are added.
         limits: what a point may take.
-        retry: whether to measure again those points whose row is not `ok`.
+        retry: whether to measure again those points whose row is not `ok` or carries a remark.
         seed: of parameters, inputs and generated reads.
 
     Returns:
@@ -84,7 +84,7 @@ def run_sweep(
 
 def _is_open(point: Point, file: RowFile, limits: Limits, seed: int, retry: bool) -> bool:
     row = file.get(point, device_name(point.device), seed, limits.seconds)
-    return row is None or (retry and not row.ok)
+    return row is None or (retry and (not row.ok or row.remark != ""))
 
 
 def _groups(points: Sequence[Point]) -> Iterator[list[Point]]:
