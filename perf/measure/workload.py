@@ -25,11 +25,7 @@ class OwnMemory(nn.Module):
 
     def lookup(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and slots [T, H, k] for queries [T, H, d_q]."""
-<<<<<<< HEAD
         return self.layer.weigh(query)
-=======
-        return self.layer.weigh(query)
->>>>>>> 52a8bdb (wip)
 
     def gather(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Outputs [T, d_v] for slots and weights [T, H, k]."""

@@ -1,6 +1,7 @@
 """Train one language model with memories on a text, and save it.
 
-A training that was stopped goes on where it was when the same command is given again. Under
+A training that was stopped goes on where it was when the same command is given again, and one that
+is done goes on when it is given with more steps (--set steps=...). Under
 torchrun every batch is shared by all ranks: torchrun --nproc-per-node 2 -m pkm_triton.perf train
 """
 
@@ -81,7 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
         with ranks_of_torchrun(device) as ranks:
             return _train(arguments, trial, device, ranks)
     except KeyboardInterrupt:
-        print("\nStopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        path = arguments.output / CHECKPOINT
+        goes_on = f"goes on from {path}" if path.exists() else "starts anew: there is no checkpoint"
+        print(f"\nStopped; the same command {goes_on}.", file=sys.stderr)
         return 130
     finally:
         torch.set_num_threads(before)

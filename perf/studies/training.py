@@ -165,15 +165,24 @@ class Trainer:
         self.ranks.wait()
 
     def load(self, path: Path) -> None:
-        """Go on from what `save` wrote.
+        """Go on from what `save` wrote, for as many steps more as the trial has.
 
         Raises:
-            ValueError: the file is broken, or of another trial.
+            ValueError: the file is broken, of another trial, or further on than the trial goes.
         """
         content = read_tensors(path, _FORMAT, _VERSION, plain=1)
         ours, theirs = dataclasses.asdict(self.trial), content["trial"]
         different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-        if different:
+        step = content["step"]
+        if type(step) is not int or not 0 <= step <= theirs.get("steps", 0):
+            raise ValueError(f"checkpoint: {str(path)!r} is broken: its step is {step!r}")
+        # The learning rate of a step does not depend on how many there are.
+        extended = different == ["steps"]
+        if extended and step > self.trial.steps:
+            raise ValueError(
+                f"steps: {self.trial.steps} is less than the {step} that {str(path)!r} has made"
+            )
+        if different and not extended:
             raise ValueError(
                 f"checkpoint: {str(path)!r} is of another configuration: "
                 + ", ".join(
@@ -184,9 +193,10 @@ class Trainer:
         self.model.load_state_dict(content["model"])
         for optimiser, state in zip(self._optimisers, content["optimisers"], strict=True):
             optimiser.load_state_dict(state)
-        self.step = content["step"]
+        self.step = step
         self.seconds = content["seconds"]
-        self._losses = [loss.to(self.device) for loss in content["losses"]]
+        losses = [] if extended else content["losses"]  # those of the last tenth
+        self._losses = [loss.to(self.device) for loss in losses]
         torch.set_rng_state(content["random"])
         if self.device == "cuda":
             torch.cuda.set_rng_state_all(content["random_cuda"])

@@ -40,7 +40,7 @@ class Trial:
         batch: sequences a step.
         steps: steps of training.
         warmup: steps until the learning rates are at their highest.
-        lr, value_lr: highest learning rates, of memory values and of everything else.
+        lr, value_lr: highest learning rates, of everything but memory values and of those.
         clip: largest norm of the gradient.
         sparse_grad: sparse gradients of the values, and Adam on the rows that were read.
         eval_tokens: the most tokens of the test set to evaluate on.

@@ -7,18 +7,34 @@ there is one. A sweep that was stopped goes on where it was when the same comman
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from pkm_triton.perf.records.environment import check_seed, check_threads, resolve_device
+from pkm_triton.perf.measure.timing import PATIENCE
+from pkm_triton.perf.records.environment import (
+    check_seed,
+    check_threads,
+    device_name,
+    resolve_device,
+)
 from pkm_triton.perf.records.files import ensure_writable
-from pkm_triton.perf.records.points import DTYPES, IMPLEMENTATIONS, KEYS, NORMS, PASSES, READS
+from pkm_triton.perf.records.points import (
+    DTYPES,
+    IMPLEMENTATIONS,
+    KEYS,
+    NORMS,
+    PASSES,
+    READS,
+    Point,
+)
 from pkm_triton.perf.records.sweep_row import CSV_NAME, RowFile
 from pkm_triton.perf.report.write import write_report
 
-from .presets import PRESETS, SECONDS, make_points
-from .run import Limits, run_sweep
+from .predict import predicted_bytes
+from .presets import PRESETS, make_points
+from .run import Limits, open_points, run_sweep
 
 _NUMBERS = {
     "num_subkeys": "sub-keys per codebook, |C|; the memory has |C|² slots",
@@ -43,6 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `pkm-perf sweep`."""
     parser.add_argument(
         "--preset", default="default", help=f"the grid: {', '.join(PRESETS)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--grid-only",
+        action="store_true",
+        help="measure the product of the axes given here and nothing of a preset",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="list the points and about how long they will take, and measure nothing",
     )
     parser.add_argument(
         "--output",
@@ -98,8 +124,11 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: an argument is not allowed, the folder cannot be written, or its CSV is of
             another version. Nothing has been measured or written then.
     """
+    if arguments.preset not in PRESETS:
+        raise ValueError(f"preset: {arguments.preset!r} is unknown; allowed: {', '.join(PRESETS)}")
+    preset = PRESETS[arguments.preset]
     points = make_points(
-        arguments.preset,
+        None if arguments.grid_only else arguments.preset,
         _replaced_axes(arguments),
         device=resolve_device(arguments.device),
         all_threads=torch.get_num_threads(),
@@ -109,12 +138,17 @@ def run(arguments: argparse.Namespace) -> int:
     seed = check_seed(arguments.seed)
     memory = arguments.memory_limit
     limits = Limits(
-        seconds=SECONDS[arguments.preset] if arguments.seconds is None else arguments.seconds,
+        seconds=preset.seconds if arguments.seconds is None else arguments.seconds,
         pass_seconds=arguments.time_limit,
         memory_bytes=None if memory is None else memory * 2**30,
     )
     folder: Path = arguments.output
     path = folder / CSV_NAME
+    if arguments.dry_run:
+        print(
+            _plan(open_points(points, RowFile(path), limits, seed, arguments.retry), points, limits)
+        )
+        return 0
     ensure_writable(folder)
     file = RowFile(path)
     try:
@@ -140,7 +174,26 @@ def run(arguments: argparse.Namespace) -> int:
         )
     for written in (path, *write_report(file.rows, folder)):
         print(written)
+    rows = [file.get(point, device_name(point.device), seed, limits.seconds) for point in points]
+    if not any(row is not None and row.ok for row in rows):
+        last = next(row for row in reversed(rows) if row is not None)
+        print(f"No point could be measured; the last one: {last.status}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _plan(todo: Sequence[Point], points: Sequence[Point], limits: Limits) -> str:
+    """The points still to be measured, a line each, and about how long they will take."""
+    lines = [f"{point.label()} {point.dtype} {point.query_norm}" for point in todo]
+    # A pass and its parts; what is uneven takes up to three times as long; making the tables.
+    tables = sum(predicted_bytes(point) for point in todo) / 1e9
+    least = 2 * limits.seconds * len(todo) + tables
+    most = PATIENCE * 2 * limits.seconds * len(todo) + tables
+    total = (
+        f"{len(todo)} of {len(points)} points are to be measured, in about {least / 60:.1f} to "
+        f"{most / 60:.1f} minutes, and longer where one pass takes longer than {limits.seconds:g} s"
+    )
+    return "\n".join([*lines, total])
 
 
 def _replaced_axes(arguments: argparse.Namespace) -> dict[str, list[object]]:

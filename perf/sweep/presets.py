@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pkm_triton.perf.records.points import IMPLEMENTATIONS, Point
@@ -32,81 +33,101 @@ def _sizes(product: Sequence[int], flat: Sequence[int], **widths: Any) -> list[A
     ]
 
 
-PRESETS: dict[str, list[Axes]] = {
-    "quick": [
-        *_sizes((128, 256, 512), (128, 256), dim=256, tokens=256),
-        {"num_subkeys": [256], "top_k": [8, 16, 32, 64], "implementation": IMPLEMENTATIONS}
-        | {"dim": [256], "tokens": [256]}
-        | _ONE_NORM,
-        {"num_subkeys": [256], "heads": [1, 2, 4, 8], "implementation": IMPLEMENTATIONS}
-        | {"dim": [256], "tokens": [256]}
-        | _ONE_NORM,
-    ],
-    "default": [
-        *_sizes(PAPER_SIZES, PAPER_SIZES),
-        {"top_k": [8, 16, 32, 64, 128], "implementation": IMPLEMENTATIONS} | _ONE_NORM,
-        {"heads": [1, 2, 4, 8], "implementation": IMPLEMENTATIONS} | _ONE_NORM,
-    ],
-    "paper": [
-        *_sizes(PAPER_SIZES, PAPER_SIZES, dim=1024, query_dim=512),
-        {"top_k": [8, 16, 32, 64, 128], "dim": [1024], "query_dim": [512]},
-        {"heads": [1, 2, 4, 8], "dim": [1024], "query_dim": [512]},
-    ],
-    "baselines": [
-        {
-            "tokens": [512, 1],
-            "top_k": [32, 64],
-            "implementation": IMPLEMENTATIONS,
-            "threads": ["one", "all"],
-            **_ONE_NORM,
-        },
-        {
-            "tokens": [512, 1],
-            "top_k": [32, 64],
-            "implementation": IMPLEMENTATIONS,
-            "threads": ["one", "all"],
-            "pass_name": ["forward+backward"],
-            "sparse_grad": [False, True],
-            **_ONE_NORM,
-        },
-    ],
-    "step": [
-        {
-            "tokens": [1024],
-            "implementation": _TEXTBOOK,
-            "pass_name": ["step"],
-            "sparse_grad": [False, True],
-            "reads": ["uniform", "zipf"],
-            "threads": ["one", "all"],
-        },
-        {
-            "tokens": [1024],
-            "pass_name": ["fused-step"],
-            "reads": ["uniform", "zipf"],
-            "threads": ["one", "all"],
-        },
-        {
-            "num_subkeys": [256],
-            "tokens": [16, 64, 256, 1024, 4096],
-            "pass_name": ["step"],
-            "sparse_grad": [False, True],
-            "reads": ["uniform", "zipf"],
-        },
-        {
-            "num_subkeys": [256],
-            "tokens": [16, 64, 256, 1024, 4096],
-            "pass_name": ["fused-step"],
-            "reads": ["uniform", "zipf"],
-        },
-    ],
-}
+@dataclass(frozen=True)
+class Preset:
+    """Grids to measure, and the time to spend on each pass."""
 
-SECONDS = {"quick": 0.1, "default": 0.3, "paper": 0.5, "baselines": 2.0, "step": 3.0}
-"""Time to spend on each point of a preset."""
+    seconds: float
+    grids: list[Axes]
+
+
+PRESETS = {
+    "quick": Preset(
+        0.1,
+        [
+            *_sizes((128, 256, 512), (128, 256), dim=256, tokens=256),
+            {"num_subkeys": [256], "top_k": [8, 16, 32, 64], "implementation": IMPLEMENTATIONS}
+            | {"dim": [256], "tokens": [256]}
+            | _ONE_NORM,
+            {"num_subkeys": [256], "heads": [1, 2, 4, 8], "implementation": IMPLEMENTATIONS}
+            | {"dim": [256], "tokens": [256]}
+            | _ONE_NORM,
+        ],
+    ),
+    "default": Preset(
+        0.3,
+        [
+            *_sizes(PAPER_SIZES, PAPER_SIZES),
+            {"top_k": [8, 16, 32, 64, 128], "implementation": IMPLEMENTATIONS} | _ONE_NORM,
+            {"heads": [1, 2, 4, 8], "implementation": IMPLEMENTATIONS} | _ONE_NORM,
+        ],
+    ),
+    "paper": Preset(
+        0.5,
+        [
+            *_sizes(PAPER_SIZES, PAPER_SIZES, dim=1024, query_dim=512),
+            {"top_k": [8, 16, 32, 64, 128], "dim": [1024], "query_dim": [512]},
+            {"heads": [1, 2, 4, 8], "dim": [1024], "query_dim": [512]},
+        ],
+    ),
+    "baselines": Preset(
+        2.0,
+        [
+            {
+                "tokens": [512, 1],
+                "top_k": [32, 64],
+                "implementation": IMPLEMENTATIONS,
+                "threads": ["one", "all"],
+                **_ONE_NORM,
+            },
+            {
+                "tokens": [512, 1],
+                "top_k": [32, 64],
+                "implementation": IMPLEMENTATIONS,
+                "threads": ["one", "all"],
+                "pass_name": ["forward+backward"],
+                "sparse_grad": [False, True],
+                **_ONE_NORM,
+            },
+        ],
+    ),
+    "step": Preset(
+        3.0,
+        [
+            {
+                "tokens": [1024],
+                "implementation": _TEXTBOOK,
+                "pass_name": ["step"],
+                "sparse_grad": [False, True],
+                "reads": ["uniform", "zipf"],
+                "threads": ["one", "all"],
+            },
+            {
+                "tokens": [1024],
+                "pass_name": ["fused-step"],
+                "reads": ["uniform", "zipf"],
+                "threads": ["one", "all"],
+            },
+            {
+                "num_subkeys": [256],
+                "tokens": [16, 64, 256, 1024, 4096],
+                "pass_name": ["step"],
+                "sparse_grad": [False, True],
+                "reads": ["uniform", "zipf"],
+            },
+            {
+                "num_subkeys": [256],
+                "tokens": [16, 64, 256, 1024, 4096],
+                "pass_name": ["fused-step"],
+                "reads": ["uniform", "zipf"],
+            },
+        ],
+    ),
+}
 
 
 def make_points(
-    preset: str,
+    preset: str | None,
     replaced: Axes,
     *,
     device: str,
@@ -115,7 +136,7 @@ def make_points(
     """The points of a preset, each once, with some axes replaced in all of its grids.
 
     Args:
-        preset: a name in `PRESETS`.
+        preset: a name in `PRESETS`; None for the product of `replaced` and nothing else.
         replaced: axes given by the user; they take the place of the preset's. Values are as
             wide as tokens unless `value_dim` is among them.
         device: `cpu` or `cuda`.
@@ -124,7 +145,7 @@ def make_points(
     Raises:
         ValueError: the preset is unknown, an axis is empty, or a point is impossible.
     """
-    if preset not in PRESETS:
+    if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset: {preset!r} is unknown; allowed: {', '.join(PRESETS)}")
     for name, values in replaced.items():
         if not values:
@@ -132,7 +153,7 @@ def make_points(
     defaults: Axes = {"device": [device], "threads": ["all"]}
     named = {"one": 1, "all": all_threads}
     points: dict[Point, None] = {}
-    for grid in PRESETS[preset]:
+    for grid in [{}] if preset is None else PRESETS[preset].grids:
         axes = {**defaults, **grid, **replaced}
         for values in itertools.product(*axes.values()):
             fields = dict(zip(axes, values, strict=True))

@@ -1,7 +1,7 @@
 """Measure the points of a sweep, each recorded as soon as it is done."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -69,22 +69,31 @@ def run_sweep(
     Returns:
         The number of points measured, skipped ones included.
     """
-    todo = [point for point in points if _is_open(point, file, limits, seed, retry)]
+    todo = open_points(points, file, limits, seed, retry)
     threads = torch.get_num_threads()
     try:
         with tqdm(total=len(todo), unit="point", dynamic_ncols=True) as progress:
             for group in _groups(todo):
                 progress.set_description(group[0].label())
-                file.add(*_measure(group, file, limits, seed))
+                file.refresh()  # another process may have measured it meanwhile
+                if open_points(group, file, limits, seed, retry):
+                    file.add(*_measure(group, file, limits, seed))
                 progress.update(len(group))
     finally:
         torch.set_num_threads(threads)
     return len(todo)
 
 
-def _is_open(point: Point, file: RowFile, limits: Limits, seed: int, retry: bool) -> bool:
-    row = file.get(point, device_name(point.device), seed, limits.seconds)
-    return row is None or (retry and (not row.ok or row.remark != ""))
+def open_points(
+    points: Sequence[Point], file: RowFile, limits: Limits, seed: int, retry: bool
+) -> list[Point]:
+    """The points that are still to be measured (see `run_sweep`)."""
+
+    def is_open(point: Point) -> bool:
+        row = file.get(point, device_name(point.device), seed, limits.seconds)
+        return row is None or (retry and (not row.ok or row.remark != ""))
+
+    return [point for point in points if is_open(point)]
 
 
 def _groups(points: Sequence[Point]) -> Iterator[list[Point]]:
@@ -114,12 +123,7 @@ def _measure(points: Sequence[Point], file: RowFile, limits: Limits, seed: int) 
         except Exception as error:
             outcomes[point] = {"status": _failure(error)}
     if workloads:
-        ready = list(workloads)
-        try:
-            figures = measure_group(ready, list(workloads.values()), seconds=limits.seconds)
-            outcomes.update(zip(ready, figures, strict=True))
-        except Exception as error:
-            outcomes.update((point, {"status": _failure(error)}) for point in ready)
+        outcomes.update(_measure_ready(workloads, limits))
     software = versions()
     return [
         Row(
@@ -132,6 +136,22 @@ def _measure(points: Sequence[Point], file: RowFile, limits: Limits, seed: int) 
         )
         for point in points
     ]
+
+
+def _measure_ready(workloads: Mapping[Point, Workload], limits: Limits) -> dict[Point, Any]:
+    """Figures of points in interleaved rounds; where one of them fails, of each on its own."""
+    points = list(workloads)
+    try:
+        figures = measure_group(points, list(workloads.values()), seconds=limits.seconds)
+        return dict(zip(points, figures, strict=True))
+    except Exception as error:
+        if len(points) == 1:
+            return {points[0]: {"status": _failure(error)}}
+    return {
+        point: figures
+        for each in points
+        for point, figures in _measure_ready({each: workloads[each]}, limits).items()
+    }
 
 
 def _reason_to_skip(point: Point, group: int, file: RowFile, limits: Limits) -> str | None:

@@ -9,6 +9,7 @@ import pytest
 
 from pkm_triton.perf.__main__ import main
 from pkm_triton.perf.compiled import kernel_report
+from pkm_triton.perf.measure import timing
 from pkm_triton.perf.records.sweep_row import SCHEMA, read_rows
 from pkm_triton.perf.sweep import command as sweep_command
 
@@ -64,6 +65,36 @@ def test_a_mistake_is_one_clear_line_and_nothing_is_written(arguments, message, 
     assert message in error
     assert error.count("\n") == 1
     assert not folder.exists()
+
+
+GRID = ["--grid-only", "--num-subkeys", "8", "16", "--top-k", "2", "3", "--dim", "16"]
+GRID += ["--query-dim", "8", "--tokens", "4", "--heads", "2", "--seconds", "0.001"]
+GRID += ["--device", "cpu"]
+
+
+def test_a_grid_of_ones_own_is_measured_and_nothing_else(tmp_path, capsys):
+    assert main(["sweep", *GRID, "--dry-run", "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("pkm_triton product |C|=") == 4
+    assert "4 of 4 points are to be measured, in about 0.0 to " in printed
+    assert not (tmp_path / "out").exists()
+    assert main(["sweep", *GRID, "--output", str(tmp_path / "out")]) == 0
+    rows = read_rows(tmp_path / "out" / "sweep.csv")
+    assert [(row.num_subkeys, row.top_k) for row in rows] == [(8, 2), (8, 3), (16, 2), (16, 3)]
+    capsys.readouterr()
+    assert main(["sweep", *GRID, "--dry-run", "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.startswith("0 of 4 points are to be measured")
+
+
+def test_a_sweep_that_measured_nothing_fails(tmp_path, capsys):
+    assert main(["sweep", *GRID, "--memory-limit", "1e-9", "--output", str(tmp_path)]) == 1
+    assert "No point could be measured; the last one: skipped: predicted" in capsys.readouterr().err
+
+
+def test_times_that_are_not_to_be_relied_on_are_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(timing, "_remark", lambda *_: "busy: other processes took 9 of 2 cores")
+    assert main(["sweep", *GRID, "--output", str(tmp_path)]) == 0
+    assert "Of 4 rows the times are not to be relied on (busy: other" in capsys.readouterr().err
 
 
 def never(*_, **__):

@@ -1,4 +1,5 @@
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -89,3 +90,54 @@ def test_a_cpu_has_no_roofline():
 def test_a_gpus_bandwidth_is_plausible():
     bandwidth = roofline.bandwidth("cuda")
     assert bandwidth is None or 5e10 < bandwidth < 3e13
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_backward_and_step_traffic_is_what_the_tensors_take(dtype, sparse_grad):
+    point = dataclasses.replace(POINT, dtype=dtype, pass_name="step", sparse_grad=sparse_grad)
+    forward = dataclasses.replace(point, pass_name="forward")
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=point.torch_dtype)
+
+    def nbytes(*tensors):
+        return sum(tensor.nbytes for tensor in tensors)
+
+    x, weight, query = empty(5, 16), empty(16, 8), empty(5, 2, 4)
+    subkeys, output = empty(2, 2, 8, 2), empty(5, 24)
+    scores, slots = torch.empty(5, 2, 3), torch.empty(5, 2, 3, dtype=torch.int32)
+    weights = empty(5, 2, 3)
+    read, table = empty(11, 24), empty(64, 24)
+    assert roofline.query_bytes(forward) == nbytes(x, weight, query)
+    assert roofline.lookup_bytes(forward) == nbytes(query, subkeys, scores, slots)
+    assert roofline.gather_bytes(forward, 11) == nbytes(slots, weights, read, output)
+    assert roofline.step_bytes(forward, 11) == 0
+
+    backward = roofline.query_bytes(point) - roofline.query_bytes(forward)
+    assert backward == nbytes(x, weight, query, x, weight)
+    backward = roofline.lookup_bytes(point) - roofline.lookup_bytes(forward)
+    assert backward == nbytes(query, subkeys, slots, scores, query, subkeys)
+    written = read if sparse_grad else table
+    backward = roofline.gather_bytes(point, 11) - roofline.gather_bytes(forward, 11)
+    assert backward == nbytes(slots, weights, read, output, weights, written)
+
+    step = 0
+    for parameter in (weight, subkeys, written):
+        moment = torch.empty(parameter.shape, dtype=torch.float32)
+        gradient, reads_and_writes = parameter, 2
+        step += nbytes(gradient) + reads_and_writes * nbytes(parameter, moment, moment)
+    assert roofline.step_bytes(point, 11) == step
+    factors = dataclasses.replace(point, pass_name="fused-step", sparse_grad=True)
+    less = roofline.step_bytes(dataclasses.replace(point, sparse_grad=True), 11)
+    less -= roofline.step_bytes(factors, 11)
+    assert less == nbytes(read) - nbytes(output) - 2 * nbytes(weights)
+
+
+def test_the_datasheets_bandwidth_is_in_bytes_a_second(monkeypatch):
+    """An H100 SXM: 2619 MHz, 5120 bits, two transfers a clock: 3.35 TB/s on its datasheet."""
+    properties = types.SimpleNamespace(memory_clock_rate=2_619_000, memory_bus_width=5120)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    assert roofline.bandwidth("cuda") == pytest.approx(3.35e12, rel=0.01)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", types.SimpleNamespace)
+    assert roofline.bandwidth("cuda") is None

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import pkm_triton as pkm
+from pkm_triton.perf.studies import training
 from pkm_triton.perf.studies.data import make_data
 from pkm_triton.perf.studies.training import Progress, Trainer, learning_rate_factor
+from pkm_triton.perf.studies.trial import Trial
 
 
 @pytest.fixture
@@ -134,6 +136,60 @@ def test_a_checkpoint_of_another_configuration_is_refused(make_trainer, tmp_path
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="no file of pkm_triton training checkpoint"):
         other.run(path)
+
+
+FIELDS = [field.name for field in dataclasses.fields(Trial) if field.name != "steps"]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_checkpoint_that_differs_in_one_field_is_refused(make_trainer, tmp_path, name):
+    path = tmp_path / "checkpoint.pt"
+    trainer = make_trainer()
+    ours = getattr(trainer.trial, name)
+    theirs = ours + "x" if isinstance(ours, str) else not ours if ours in (0, 1) else ours * 2
+    with pytest.MonkeyPatch.context() as patch:
+        fields = {**dataclasses.asdict(trainer.trial), name: theirs}
+        patch.setattr(training.dataclasses, "asdict", lambda _: fields)
+        trainer.save(path)
+    with pytest.raises(ValueError, match=f"another configuration: {name} is .* there and"):
+        trainer.load(path)
+
+
+def test_a_finished_run_goes_on_when_more_steps_are_asked_for(make_trainer, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    short = make_trainer(steps=6)
+    short.run(path, output=io.StringIO())
+    short.save(path)
+    longer, whole = make_trainer(steps=10), make_trainer(steps=10)
+    longer.run(path, output=io.StringIO())
+    whole.run(output=io.StringIO())
+    assert longer.step == 10
+    for (name, ours), theirs in zip(
+        longer.model.state_dict().items(), whole.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+    with pytest.raises(ValueError, match="steps: 4 is less than the 6 that"):
+        make_trainer(steps=4).run(path)
+
+
+@pytest.mark.parametrize("step", [-1, 7, 2.0, True, None])
+def test_a_checkpoint_with_an_impossible_step_is_refused(make_trainer, tmp_path, step):
+    path = tmp_path / "checkpoint.pt"
+    trainer = make_trainer(steps=6)
+    trainer.step = step
+    trainer.save(path)
+    with pytest.raises(ValueError, match=f"is broken: its step is {step}"):
+        make_trainer(steps=6).load(path)
+
+
+@pytest.mark.parametrize(("steps", "counted"), [(20, 2), (30, 3), (6, 1)])
+def test_the_training_loss_is_of_the_last_tenth_of_the_steps(make_trainer, steps, counted):
+    trainer = make_trainer(steps=steps)
+    losses = []
+    step = trainer.train_step
+    trainer.train_step = lambda: (losses.append(step()), losses[-1])[1]
+    found = trainer.run(output=io.StringIO())
+    assert found == torch.stack(losses[-counted:]).mean().item()
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(make_trainer, tmp_path, monkeypatch):

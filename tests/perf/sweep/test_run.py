@@ -112,6 +112,38 @@ def test_the_same_seed_makes_the_same_layer_and_leaves_the_global_generator():
         assert torch.equal(a, b)
 
 
+def test_the_seed_of_a_sweep_is_that_of_its_layers_and_stands_in_its_rows(file, monkeypatch):
+    layers = []
+
+    class Probe(Workload):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            layers.append(self)
+
+    monkeypatch.setattr(sweep, "Workload", Probe)
+    for seed in (0, 5, 5):
+        run_sweep([Point(**TINY)], file, FAST, seed=seed)
+    assert [row.seed for row in read_rows(file.path)] == [0, 5]
+    expected = [Workload(Point(**TINY), seed=seed) for seed in (0, 5)]
+    assert not torch.equal(layers[0]._memory.layer.values, layers[1]._memory.layer.values)
+    for layer, other in zip(layers, expected, strict=True):
+        assert torch.equal(layer._memory.layer.values, other._memory.layer.values)
+        assert torch.equal(layer._x, other._x)
+
+
+def test_another_time_asked_for_is_another_measurement(file):
+    run_sweep([Point(**TINY)], file, FAST)
+    assert run_sweep([Point(**TINY)], file, FAST) == 0
+    assert run_sweep([Point(**TINY)], file, Limits(seconds=0.002)) == 1
+    assert [row.seconds for row in read_rows(file.path)] == [0.001, 0.002]
+
+
+def test_rows_with_a_remark_are_measured_again_when_that_is_asked_for(file):
+    file.add(a_row(**TINY, seconds=0.001, remark="busy: other processes took 3.0 of 2 cores"))
+    assert run_sweep([Point(**TINY)], file, FAST) == 0
+    assert run_sweep([Point(**TINY)], file, FAST, retry=True) == 1
+
+
 def test_measured_points_are_not_measured_again(file, monkeypatch):
     points = [Point(**{**TINY, "top_k": top_k}) for top_k in (1, 2, 3)]
     assert run_sweep(points[:2], file, FAST) == 2
@@ -162,6 +194,21 @@ def test_a_missing_package_is_recorded(file, monkeypatch):
 def test_what_an_implementation_cannot_do_is_skipped(file):
     run_sweep([Point(**TINY, implementation="product-key-memory")], file, FAST)
     assert file.rows[0].status == "skipped: product-key-memory knows query_norm layer only"
+
+
+def test_a_baseline_that_fails_while_it_is_timed_does_not_take_ours_with_it(file, monkeypatch):
+    real = sweep.measure_group
+
+    def fail_for_the_textbook(points, workloads, **options):
+        if any(point.implementation == "textbook" for point in points):
+            raise RuntimeError("no kernel image")
+        return real(points, workloads, **options)
+
+    monkeypatch.setattr(sweep, "measure_group", fail_for_the_textbook)
+    points = [Point(**TINY, implementation=name) for name in ("textbook", "pkm_triton")]
+    run_sweep(points, file, FAST)
+    status = {row.implementation: row.status for row in read_rows(file.path)}
+    assert status == {"textbook": "failed: RuntimeError: no kernel image", "pkm_triton": "ok"}
 
 
 @pytest.mark.parametrize(
