@@ -17,6 +17,7 @@ from ._checks import (
 )
 from ._layer_checks import check_device, check_dtype
 from ._module import HostedModule
+from ._padding import real_tokens
 from .batch_norm import recomputing
 from .ops import flat_key_topk, gather_values, product_key_topk
 from .query import QueryNetwork, QueryNorm
@@ -57,7 +58,7 @@ class _KeyValueMemory(HostedModule, ABC):
         check_dtype(dtype)
         check_device(device)
         self.usages: list[MemoryUsage] = []
-        self.layer_mask: Tensor | None = None
+        self.layer_mask: Any = None
         self.query_net = QueryNetwork(
             dim, heads, query_dim, query_norm, query_hidden, device=device, dtype=dtype
         )
@@ -147,7 +148,8 @@ class _KeyValueMemory(HostedModule, ABC):
         Args:
             x: [..., dim].
             mask: [...], bool, False where a token is padding: its output is zero, and it enters
-                neither batch statistics nor gradients. By default `layer_mask`.
+                neither batch statistics nor gradients. By default what the layer around this one
+                knows of padding.
 
         Returns:
             [..., value_dim], in the dtype of `values`.
@@ -157,7 +159,11 @@ class _KeyValueMemory(HostedModule, ABC):
                 autocast, or mask no bool tensor.
             ValueError: if a shape or a device does not fit.
         """
-        weights, slots = self.lookup(x, self.layer_mask if mask is None else mask)
+        if self.layer_mask is not None:
+            if mask is None and isinstance(x, Tensor):
+                mask = real_tokens(self.layer_mask, x.shape[:-1])
+            self.layer_mask = None
+        weights, slots = self.lookup(x, mask)
         if self.usages and not recomputing():
             for usage in self.usages:
                 usage.add(slots, weights)
@@ -221,8 +227,8 @@ class ProductKeyMemory(_KeyValueMemory):
             layer's parameter to another.
         usages: the `MemoryUsage`s that are shown every read of a forward pass (see `track_usage`);
             a pass that checkpointing repeats is shown once.
-        layer_mask: a mask for calls that give none; set by the layer around the memory while it
-            runs, where that knows of padding (see `replace_ffn`).
+        layer_mask: the mask of the attention beside the memory, for the next call, which takes it
+            unless it is given a mask; set by that attention (see `replace_ffn`).
 
     Raises:
         TypeError: if a size is no integer, query_hidden no sequence, or dtype no floating dtype.

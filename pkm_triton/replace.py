@@ -5,6 +5,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from ._checks import check_integer
+from ._ffn import candidates, check_called_as_a_map, check_widths, memory_dtype
+from ._padding import hand_on_padding
+from .memory import _KeyValueMemory
 
 
 def check_layers(name: str, layers: Sequence[int], num_layers: int) -> list[int]:
@@ -34,9 +37,15 @@ def replace_ffn(
     and norms, stays. Torch's own `nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer`
     need no name: the memory takes the place of the whole feed-forward block.
 
-    Such a layer hands on no padding mask, so padded tokens enter the batch statistics of
-    `query_norm="batch"`; with padded batches choose "layer". A plain `from_pretrained` of what
-    `save_pretrained` wrote silently drops the memories: use `save_with_memory`.
+    The mask that the attention beside a memory is given reaches the memory too (`attention_mask`
+    in Hugging Face's models, `key_padding_mask` in torch's), so that padding enters no batch
+    statistics; not so under flex attention, or with a cache longer than the tokens, and a layer
+    without attention knows of no padding. A plain `from_pretrained` of what `save_pretrained` wrote
+    silently drops the memories: use `pkm_triton.hf`, or `save_with_memory`.
+
+    The FFN must be a module from x to y. Those of gpt-oss return a pair, BLOOM's takes the residual
+    too, BERT's and OPT's are spread over two modules: they are refused, as far as the source of the
+    layer and a run of the FFN on the meta device tell.
 
     Args:
         model: holds the layers; of an encoder-decoder give the part that is meant.
@@ -46,12 +55,14 @@ def replace_ffn(
 
     Returns:
         The memories, in the order of the layers; each has been moved to the device and the
-        dtype of the parameters it replaces, and is in the model's training mode.
+        dtype of the parameters it replaces (beside float8 or integer weights, to the dtype of most
+        of the model), and is in the model's training mode.
 
     Raises:
         TypeError: if a layer number is no integer, or make_memory returns no module.
-        ValueError: if a layer does not exist or is named twice, or if there is no such list of
-            layers, or more than one. The model is as it was then.
+        ValueError: if a layer does not exist or is named twice, if there is no such list of
+            layers, or more than one, if the layer does not use its FFN as y = f(x), or a memory has
+            other widths than what it replaces. The model is as it was then.
     """
     path, found = _find_layers(model, ffn)
     numbers = check_layers("layers", layers, len(found))
@@ -60,6 +71,8 @@ def replace_ffn(
         name = _ffn_name(found[number - 1], ffn)
         if name is None:
             raise ValueError(f"layers names layer {number}, but that layer has no module {ffn!r}")
+        if not isinstance(found[number - 1], _TORCH_LAYERS):
+            check_called_as_a_map(found[number - 1], name)
         places.append(".".join(filter(None, (path, str(number - 1), name))))
     memories = []
     for _ in places:
@@ -67,14 +80,32 @@ def replace_ffn(
         if not isinstance(memory, nn.Module):
             raise TypeError(f"make_memory must return a module, not {type(memory).__name__}")
         memories.append(memory)
+    for number, memory in zip(numbers, memories, strict=True):
+        if isinstance(memory, _KeyValueMemory):
+            _check_fits(found[number - 1], ffn, memory)
     for place, memory in zip(places, memories, strict=True):
         replaced = model.get_submodule(place)
-        example = next((p for p in replaced.parameters() if p.is_floating_point()), None)
+        example = next(replaced.parameters(), None)
         if example is not None:
-            memory.to(device=example.device, dtype=example.dtype)
+            memory.to(device=example.device, dtype=memory_dtype(model, replaced))
         memory.train(replaced.training)
         put_memory(model, place, memory)
     return memories
+
+
+def _check_fits(layer: nn.Module, ffn: str, memory: _KeyValueMemory) -> None:
+    """The memory has the widths of the FFN it is to replace."""
+    if not isinstance(layer, _TORCH_LAYERS):
+        check_widths(layer, ffn, memory.dim, memory.value_dim)
+        return
+    first, last = layer.linear1, layer.linear2
+    if isinstance(first, nn.Linear) and isinstance(last, nn.Linear):
+        widths = first.in_features, last.out_features
+        if (memory.dim, memory.value_dim) != widths:
+            raise ValueError(
+                f"the memory maps width {memory.dim} to {memory.value_dim}, but the feed-forward "
+                f"block that it is to replace maps {widths[0]} to {widths[1]}"
+            )
 
 
 def put_memory(model: nn.Module, place: str, memory: nn.Module) -> None:
@@ -86,6 +117,8 @@ def put_memory(model: nn.Module, place: str, memory: nn.Module) -> None:
     parent_name, _, name = place.rpartition(".")
     parent = model.get_submodule(parent_name)
     setattr(parent, name, memory)
+    if isinstance(memory, _KeyValueMemory):
+        hand_on_padding(model, place, memory)
     for absorbed in absorbed_modules(model, place):
         setattr(parent, absorbed.rpartition(".")[2], nn.Identity())
     if isinstance(parent, _TORCH_LAYERS):
@@ -131,8 +164,10 @@ def _find_layers(model: nn.Module, ffn: str) -> tuple[str, nn.ModuleList]:
         and any(_ffn_name(layer, ffn) is not None for layer in module)
     }
     if not lists:
+        layers = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+        told = f" {candidates(layers[0][0])}" if layers else ""
         raise ValueError(
-            f"ffn is {ffn!r}, but model has no list of layers with a module of that name"
+            f"ffn is {ffn!r}, but model has no list of layers with a module of that name.{told}"
         )
     if len(lists) > 1:
         raise ValueError(

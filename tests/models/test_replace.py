@@ -78,7 +78,7 @@ def test_torchs_own_layers(norm_first):
     slow = model(x, src_key_padding_mask=padding)
     with torch.no_grad(), pkm.track_usage(model) as usages:
         fast = model(x, src_key_padding_mask=padding)  # torch's fused path, where it may
-    assert next(iter(usages.values())).weight_sums.sum() == pytest.approx(2 * 5 * 2)
+    assert next(iter(usages.values())).weight_sums.sum() == pytest.approx((5 + 3) * 2)
     torch.testing.assert_close(slow[~padding], fast[~padding])
 
 
@@ -149,3 +149,129 @@ def test_transformers_is_not_imported_by_the_library():
 
     code = "import sys, pkm_triton; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def hugging_face(kind, **config):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"hidden_size": 32, "intermediate_size": 64, **config}
+    return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **sizes))
+
+
+MIXTURE = {"num_local_experts": 2, "num_key_value_heads": 2, "num_experts_per_tok": 1}
+
+
+@pytest.mark.parametrize(
+    ("make_model", "ffn", "message"),
+    [
+        (
+            lambda: hugging_face("gpt_oss", **MIXTURE),
+            "mlp",
+            r"takes apart what it returns, self.mlp\(hidden_states\): .*No module of the layer",
+        ),
+        (
+            lambda: hugging_face("bloom"),
+            "mlp",
+            r"hands over more than x, self.mlp\(layernorm_output, residual\)",
+        ),
+        (
+            lambda: hugging_face("bert"),
+            "mlp",
+            "no list of layers .*No module of the layer .* 'attention', 'intermediate', 'output'",
+        ),
+        (lambda: hugging_face("bert"), "intermediate", r"module 'intermediate' .* maps 32 to 64"),
+        (lambda: hugging_face("bert"), "output", r"hands over more than x, self.output\("),
+        (lambda: hugging_face("opt", ffn_dim=64), "fc1", "module 'fc1' .* maps 32 to 64"),
+        (lambda: hugging_face("opt", ffn_dim=64), "fc2", "module 'fc2' .* maps 64 to 32"),
+        (lambda: hugging_face("llama"), "ffn", "to a y of its width: 'mlp'"),
+        (lambda: hugging_face("llama"), "self_attn", "takes apart what it returns"),
+        (lambda: Transformer(11, 24, 2, 2, 8), "ffn", "maps width 32 to 32, .* maps 24 to 24"),
+    ],
+    ids="gpt-oss,bloom,bert,bert half,bert other,opt,opt half,name,attention,width".split(","),  # noqa: SIM905
+)
+def test_what_is_no_map_from_x_to_y_is_refused(make_model, ffn, message):
+    model = make_model()
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=message):
+        replace_ffn(model, [1, 2], make_memory, ffn=ffn)
+    assert dict(model.named_modules()) == before
+
+
+@pytest.mark.parametrize("widths", [(24, 24), (32, 24)])
+def test_memories_of_other_widths_are_refused_in_torchs_layers(widths):
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(32, 4, 64), 2, enable_nested_tensor=False
+    )
+    with pytest.raises(ValueError, match=f"maps width {widths[0]} to {widths[1]}, .* 32 to 32"):
+        replace_ffn(model, [1], lambda: pkm.ProductKeyMemory(*widths, num_subkeys=8, query_dim=8))
+    assert isinstance(model.layers[0].linear1, nn.Linear)
+
+
+class Returns(nn.Module):
+    """An FFN of which nothing but what it returns tells that it is no map."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.map = kind, nn.Linear(32, 32)
+
+    def forward(self, x):
+        y = self.map(x)
+        return {"pair": (y, None), "sum": y.sum(), "first": y[:, 0]}[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["pair", "sum", "first"])
+def test_what_a_run_tells(kind):
+    model = nn.ModuleList([nn.ModuleDict({"mlp": Returns(kind)})])
+    with pytest.raises(ValueError, match=r"a Returns, which returns .* for x \[1, 2, 32\]"):
+        replace_ffn(model, [1], make_memory)
+    assert isinstance(model[0]["mlp"], Returns)
+
+
+@pytest.mark.parametrize(
+    ("make_model", "ffn"),
+    [
+        (lambda: hugging_face("mixtral", **MIXTURE), "mlp"),
+        (lambda: hugging_face("gpt_neox"), "mlp"),
+        (lambda: hugging_face("vit", image_size=8, patch_size=4), "mlp"),
+    ],
+    ids=["experts", "parallel", "vision"],
+)
+def test_other_models_that_call_it_as_a_map(make_model, ffn):
+    model = make_model().eval()
+    replace_ffn(model, [2], make_memory, ffn=ffn)
+    with pkm.track_usage(model) as usages:
+        if model.main_input_name == "input_ids":
+            model(torch.randint(0, 64, (2, 5)))
+        else:
+            model(torch.randn(2, 3, 8, 8))
+    assert next(iter(usages.values())).weight_sums.sum() == pytest.approx(2 * 2 * 5)
+
+
+class Quantised(nn.Linear):
+    """A map with weights of a dtype that nothing is trained in, and scales."""
+
+    def __init__(self, dtype):
+        super().__init__(32, 32, bias=False)
+        self.weight = nn.Parameter(torch.zeros(32, 32).to(dtype), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize("trained", [torch.bfloat16, torch.float32], ids=str)
+def test_memories_beside_quantised_weights_keep_a_dtype_to_train_in(dtype, trained):
+    model = Transformer(11, 32, 2, 2, 8, dtype=trained)
+    model.layers[1].ffn = Quantised(dtype)
+    (memory,) = replace_ffn(model, [2], make_memory, ffn="ffn")
+    assert {p.dtype for p in memory.parameters()} == {trained}
+    assert memory.values.unique().numel() > 200
+    model(torch.randint(0, 11, (2, 8))).sum().backward()
+    assert memory.values.grad.abs().sum() > 0
+
+
+def test_a_memory_alone_among_quantised_weights_keeps_its_own_dtype():
+    model = nn.ModuleList([nn.ModuleDict({"mlp": Quantised(torch.int8)})])
+    (memory,) = replace_ffn(model, [1], lambda: make_memory(dtype=torch.bfloat16))
+    assert memory.values.dtype == torch.bfloat16

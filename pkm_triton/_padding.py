@@ -1,0 +1,101 @@
+"""Hand a layer's padding to the memory within it."""
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_NAMES = ("attention_mask", "key_padding_mask")
+
+
+class _HandOn:
+    """A hook of an attention module: shows the mask that module is given to a memory.
+
+    It is the attention that is hooked, not the layer around it, because checkpointing runs the
+    attention again but not the hooks of the layer.
+    """
+
+    def __init__(self, memory: nn.Module, name: str, position: int) -> None:
+        self.memory, self.name, self.position = memory, name, position
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get(self.name)
+        if mask is None and len(args) > self.position:
+            mask = args[self.position]
+        if self.name == "key_padding_mask" and isinstance(
+            mask, Tensor
+        ):  # torch's own: True or -inf
+            mask = ~mask if mask.dtype == torch.bool else mask == 0
+            if mask.ndim == 2 and not getattr(module, "batch_first", True):
+                mask = mask.transpose(0, 1)
+        self.memory.layer_mask = mask  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def hand_on_padding(model: nn.Module, place: str, memory: nn.Module) -> None:
+    """Let the first attention of the layer around `place` show its mask to the memory there."""
+    parts = place.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if not isinstance(model.get_submodule(".".join(parts[: end - 1])), nn.ModuleList):
+            continue
+        layer = model.get_submodule(".".join(parts[:end]))
+        inside = set(memory.modules()) | {layer}
+        for module in layer.modules():
+            if module in inside:
+                continue
+            names = list(inspect.signature(module.forward).parameters)
+            for name in _NAMES:
+                if name in names:
+                    _forget(module, set(layer.modules()))
+                    hook = _HandOn(memory, name, names.index(name))
+                    module.register_forward_pre_hook(hook, with_kwargs=True)
+                    return
+
+
+def _forget(module: nn.Module, present: set[nn.Module]) -> None:
+    """Remove what was hooked for memories that are no longer there."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, _HandOn) and hook.memory not in present:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def real_tokens(mask: Any, tokens: torch.Size) -> Tensor | None:
+    """Which tokens of x [*tokens, dim] are real, by the mask of an attention.
+
+    Args:
+        mask: of the tokens, [B, T] or [B, S], not 0 where real; or [B or 1, heads or 1, T or 1, S]
+            (or without heads), True or about 0 where a token sees another, False or very negative
+            where not. A token is real if it sees itself.
+        tokens: [B, T].
+
+    Returns:
+        bool [B, T]; None where the mask does not tell: there is none, or S is not T.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        warnings.warn(
+            f"padding is not left out of the memories' batch statistics: the mask is a "
+            f"{type(mask).__name__}; query_norm='layer' needs no mask",
+            stacklevel=3,
+        )
+        return None
+    if mask.ndim == 2 and mask.shape == tokens:
+        return mask if mask.dtype == torch.bool else mask != 0
+    if len(tokens) != 2 or mask.ndim < 2:
+        return None
+    length = tokens[1]
+    if mask.ndim == 2:
+        if mask.shape[1] < length:
+            return None
+        seen = mask[:, -length:] != 0
+    else:
+        seen = mask.flatten(1, -3)[:, 0]  # [B or 1, T or 1, S]
+        if seen.shape[-1] != length or seen.shape[-2] not in (1, length):
+            return None
+        seen = seen[:, 0] if seen.shape[-2] == 1 else seen.diagonal(dim1=-2, dim2=-1)
+        if seen.is_floating_point():
+            seen = seen > torch.finfo(seen.dtype).min / 2
+    return seen.to(torch.bool).expand(tokens)
