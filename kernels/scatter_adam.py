@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .grid import grid, second_axis
 from .runs import LATER_PART, NO_PART, deal_out, share_of, sum_parts
-from .sparse_adam import adam_arguments, adam_update, update_rows
+from .sparse_adam import AdamOptions, adam_arguments, adam_update, update_rows
 
 
 @triton.jit(do_not_specialize=["num_reads", "num_slots", "stretch", "seed", "step"])
@@ -115,7 +115,7 @@ def scatter_adam(
         grad_output: [T, d_v], the gradient of the gather's output.
         slots: [T, R], int32. One out of [0, K) is passed over.
         weights: [T, R].
-        **options: those of `sparse_adam`.
+        **options: see `AdamOptions`.
     """
     num_slots, width = param.shape
     ordered, order = slots.flatten().sort(stable=True)
@@ -123,7 +123,7 @@ def scatter_adam(
     parts = param.new_empty(stretches, width, dtype=torch.float32)
     marks = slots.new_empty(stretches)
     hot_rows = order.new_empty(stretches)
-    arguments = adam_arguments(param, exp_avg, exp_avg_sq, **options)
+    arguments = adam_arguments(param, exp_avg, exp_avg_sq, AdamOptions(**options))
     scatter_adam_kernel[grid(stretches, triton.cdiv(width, block_v))](
         *arguments.tensors, ordered, order, grad_output, weights, parts, marks, hot_rows,
         slots.numel(), num_slots, stretch, *arguments.numbers,

@@ -5,6 +5,7 @@ gather's output, the table's gradient is Sᵀ · G. Its factors take T · (d_v +
 the rows that were read take up to T · R · d_v.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,22 +16,43 @@ from ._backend import implementation
 from ._checks import int32_slots
 
 
-def rows_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of a sparse COO gradient, each once, and their gradient.
+def check_sparse_gradient(grad: Tensor) -> None:
+    """The rows of a sparse COO gradient lie in the parameter: on the CPU, where looking is free.
 
     Raises:
-        ValueError: if it has more than one sparse dimension.
+        ValueError: if one does not.
     """
-    if grad.sparse_dim() != 1:
-        raise ValueError(
-            f"a sparse gradient must have 1 sparse dimension, its rows, not {grad.sparse_dim()}"
-        )
-    rows = grad._indices()[0]
+    indices = grad._indices()
+    if indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    for dimension, (low, high) in enumerate(zip(*indices.aminmax(dim=1), strict=True)):
+        if low < 0 or high >= grad.shape[dimension]:
+            raise ValueError(
+                f"a sparse gradient has indices from {int(low)} to {int(high)} in dimension "
+                f"{dimension}, but its parameter has {grad.shape[dimension]} there"
+            )
+
+
+def rows_and_values(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of a sparse COO gradient, [M] and each once, and their gradient, [M, d].
+
+    With several sparse dimensions a row is an element of all of them, counted as in memory.
+    """
+    indices = grad._indices()
     # Before the end of a backward pass torch's mark that it is coalesced is lost (see
     # `coalesced_gradient`); sorting it again would cost as much as the step.
-    if not grad.is_coalesced() and bool((rows[1:] <= rows[:-1]).any()):
+    in_order = grad.is_coalesced() or (
+        grad.sparse_dim() == 1 and not bool((indices[0, 1:] <= indices[0, :-1]).any())
+    )
+    if not in_order:
         grad = grad.coalesce()
-    return grad._indices()[0], grad._values()
+        indices = grad._indices()
+    rows = indices[0]
+    for size, index in zip(grad.shape[1 : grad.sparse_dim()], indices[1:], strict=True):
+        rows = rows * size + index
+    values = grad._values()
+    width = math.prod(values.shape[1:])
+    return rows.contiguous(), values.contiguous().view(values.shape[0], width)
 
 
 def coalesced_gradient(rows: Tensor, grad_rows: Tensor, table: Tensor) -> Tensor:

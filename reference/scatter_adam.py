@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sparse_adam import RowUpdate
+from .sparse_adam import AdamOptions, adam_on_rows
 
 
 def scatter_adam(
@@ -37,9 +37,8 @@ def scatter_adam(
         grad_output: [T, d_v], the gradient of the gather's output.
         slots: [T, R], int32. One out of [0, K) is passed over.
         weights: [T, R].
-        **options: those of `sparse_adam`.
+        **options: see `AdamOptions`.
     """
-    update = RowUpdate(param, exp_avg, exp_avg_sq, **options)
     dtype = exp_avg.dtype
     grad_output = grad_output.to(dtype)
     ordered, order = slots.flatten().sort(stable=True)
@@ -52,6 +51,7 @@ def scatter_adam(
         return
     first, last = int(inside[0]), int(inside[-1]) + 1
     rows, ends = rows[first:last].to(torch.int64), ends[first : last + 1]
+    update = adam_on_rows(param, exp_avg, exp_avg_sq, rows.shape[0], AdamOptions(**options))
     bounds = [*ends[:: update.count].tolist(), int(ends[-1])]
     for place, start in enumerate(range(0, rows.shape[0], update.count)):
         some = rows[start : start + update.count]

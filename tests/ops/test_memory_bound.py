@@ -7,7 +7,7 @@ import pkm_triton as pkm
 from pkm_triton import reference
 from pkm_triton.perf.measure.memory import measure_peak
 from pkm_triton.reference.chunks import MAX_WORKING_BYTES
-from pkm_triton.reference.sparse_adam import ELEMENTS_AT_A_TIME
+from pkm_triton.reference.row_update import ELEMENTS_AT_A_TIME
 
 
 def working_bytes(call):
@@ -58,6 +58,18 @@ def test_a_step_from_factors_holds_a_few_rows_at_a_time(dtype):
     used = measure_peak(step).peak_bytes
     assert used <= indices + few_rows
     assert used < slots.unique().numel() * width * 4 / 2
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_a_step_on_wide_rows_holds_little(kind):
+    """As the keys of a flat memory are: few rows, each a large matrix."""
+    tables = [torch.zeros(4, 1 << 20) for _ in range(3)]
+    rows = None if kind == "dense" else torch.tensor([2])
+    grad = torch.ones(4 if rows is None else 1, 1 << 20)
+    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "step": 1}
+    used = measure_peak(lambda: reference.sparse_adam(*tables, rows, grad, **options)).peak_bytes
+    assert used <= (32 * ELEMENTS_AT_A_TIME if rows is None else 5 * grad.nbytes)
+    assert (tables[0] != 0).any(1).tolist() == [kind == "dense" or row == 2 for row in range(4)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
