@@ -1,4 +1,4 @@
-"""Clipping of dense and sparse gradients together, by their global norm."""
+"""Clipping of all kinds of gradients together, by their global norm."""
 
 from collections.abc import Iterable
 
@@ -15,23 +15,26 @@ def clip_grad_norm_(
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
 ) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_`, for dense and sparse gradients together.
+    """`torch.nn.utils.clip_grad_norm_`, for dense, sparse and factored gradients together.
 
     The norm is that of all gradients as one vector. A sparse gradient is coalesced for it, in
-    place: the same row twice is one entry, not two.
+    place: the same row twice is one entry, not two. For the norm of one that is kept as its factors
+    (`sparse_grad="factored"`) its rows are made, a few columns at a time, and forgotten.
 
     Args:
         parameters: those whose gradients are scaled, in place, if their norm is larger.
-        max_norm: the largest norm allowed.
+        max_norm: the largest norm allowed; infinity to have the norm alone.
         norm_type: the p of the p-norm; may be infinity.
-        error_if_nonfinite: raise if the norm is NaN or infinite.
+        error_if_nonfinite: raise if the norm is NaN or infinite; nothing has been scaled then.
+        foreach: whether to take dense and sparse gradients many at a time; None: where that is
+            faster.
 
     Returns:
         The norm before scaling, a tensor of one element.
 
     Raises:
-        TypeError: if a gradient is kept as its factors; nothing has been scaled then.
         ValueError: if max_norm or norm_type is not above 0.
         RuntimeError: if the norm is not finite and error_if_nonfinite is set.
     """
@@ -39,29 +42,43 @@ def clip_grad_norm_(
         raise ValueError(f"max_norm is {max_norm}, but must be above 0")
     if not norm_type > 0:
         raise ValueError(f"norm_type is {norm_type}, but must be above 0")
-    values = []
+    dense: list[Tensor] = []
+    factored: list[FactoredGradient] = []
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
-        if parameter.grad is None:
+        grad = parameter.grad
+        if grad is None:
             continue
-        if isinstance(parameter.grad, FactoredGradient):
-            raise TypeError(
-                "a gradient that is kept as its factors (sparse_grad='factored') has no norm "
-                "before its rows are made: use sparse_grad=True with clip_grad_norm_"
-            )
-        if parameter.grad.is_sparse:
-            rows, grad_rows = rows_and_values(parameter.grad)
-            parameter.grad = torch.sparse_coo_tensor(
-                rows.unsqueeze(0),
-                grad_rows,
-                parameter.grad.shape,
-                is_coalesced=True,
-                check_invariants=False,
-            )
-            values.append(grad_rows)
+        if isinstance(grad, FactoredGradient):
+            factored.append(grad)
+        elif grad.is_sparse:
+            grad = parameter.grad = grad if grad.is_coalesced() else _coalesced(grad)
+            dense.append(grad._values())
         else:
-            values.append(parameter.grad)
-    norm = get_total_norm(values, norm_type, error_if_nonfinite)
+            dense.append(grad)
+    # The norm of the norms is that of all elements.
+    norms = [grad.vector_norm(norm_type) for grad in factored]
+    norm = get_total_norm(dense + norms, norm_type, error_if_nonfinite, foreach)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for value in values:
-        value.mul_(scale.to(value.device))
+    for device in {grad.device for grad in dense}:
+        grads = [grad for grad in dense if grad.device == device]
+        if foreach is False:
+            for grad in grads:
+                grad.mul_(scale.to(device))
+        else:
+            torch._foreach_mul_(grads, scale.to(device))  # pyright: ignore[reportPrivateImportUsage]
+    for grad in factored:
+        grad.mul_(scale)
     return norm
+
+
+def _coalesced(grad: Tensor) -> Tensor:
+    if grad.sparse_dim() != 1:
+        return grad.coalesce()
+    rows, grad_rows = rows_and_values(grad)
+    return torch.sparse_coo_tensor(
+        rows.unsqueeze(0),
+        grad_rows.view(-1, *grad.shape[1:]),
+        grad.shape,
+        is_coalesced=True,
+        check_invariants=False,
+    )

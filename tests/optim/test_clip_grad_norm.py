@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 import pkm_triton as pkm
+from pkm_triton.gradients import FactoredGradient
 from pkm_triton.optim import SparseAdam, clip_grad_norm_
 
 
@@ -12,35 +13,75 @@ def model(sparse_grad):
     return nn.Sequential(nn.Linear(8, 8), pkm.ProductKeyMemory(8, **sizes, sparse_grad=sparse_grad))
 
 
-@pytest.mark.parametrize("norm_type", [2.0, 1.0, torch.inf])
-@pytest.mark.parametrize("max_norm", [0.1, 1e6])
-def test_as_torch_on_dense_gradients(norm_type, max_norm):
-    mixed, dense = model(True), model(False)
-    x = torch.randn(30, 8)
-    for net in (mixed, dense):
+def gradients(sparse_grad, passes=1):
+    net = model(sparse_grad)
+    for seed in range(passes):
+        x = torch.randn(30, 8, generator=torch.Generator().manual_seed(seed))
         net(x).square().sum().backward()
-    ours = clip_grad_norm_(mixed.parameters(), max_norm, norm_type)
-    theirs = nn.utils.clip_grad_norm_(dense.parameters(), max_norm, norm_type)
+    return net
+
+
+def assert_same_gradients(net, other):
+    for (name, one), two in zip(net.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.to_dense(), two.grad, msg=name)
+
+
+# torch's own takes factored gradients too; of sparse ones it has no norm.
+CLIPS = {
+    "sparse": (True, clip_grad_norm_),
+    "factored": ("factored", clip_grad_norm_),
+    "factored, torch's": ("factored", nn.utils.clip_grad_norm_),
+}
+
+
+@pytest.mark.parametrize("foreach", [None, False, True])
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, torch.inf])
+@pytest.mark.parametrize("max_norm", [0.1, 1e6, torch.inf])
+@pytest.mark.parametrize("name", CLIPS)
+def test_as_torch_on_dense_gradients(name, max_norm, norm_type, foreach):
+    sparse_grad, clip = CLIPS[name]
+    mixed, dense = gradients(sparse_grad), gradients(False)
+    ours = clip(mixed.parameters(), max_norm, norm_type, foreach=foreach)
+    theirs = nn.utils.clip_grad_norm_(dense.parameters(), max_norm, norm_type, foreach=foreach)
     torch.testing.assert_close(ours, theirs)
-    for (name, one), other in zip(mixed.named_parameters(), dense.parameters(), strict=True):
-        torch.testing.assert_close(one.grad.to_dense(), other.grad, msg=name)
-    assert mixed[1].values.grad.is_sparse
+    assert_same_gradients(mixed, dense)
+    kind = type(mixed[1].values.grad)
+    assert mixed[1].values.grad.is_sparse or kind is FactoredGradient
 
 
-def test_accumulated_gradients_count_a_row_once():
-    mixed, dense = model(True), model(False)
-    for seed in range(3):
-        x = torch.randn(9, 8, generator=torch.Generator().manual_seed(seed))
-        for net in (mixed, dense):
-            net(x).square().sum().backward()
+@pytest.mark.parametrize("sparse_grad", [True, "factored"])
+def test_accumulated_gradients_count_a_row_once(sparse_grad):
+    mixed, dense = gradients(sparse_grad, 3), gradients(False, 3)
     torch.testing.assert_close(
         clip_grad_norm_(mixed.parameters(), 0.5), nn.utils.clip_grad_norm_(dense.parameters(), 0.5)
     )
-    torch.testing.assert_close(mixed[1].values.grad.to_dense(), dense[1].values.grad)
+    assert_same_gradients(mixed, dense)
 
 
-def test_with_a_grad_scaler():
-    mixed, plain = model(True), model(True)
+def test_sorted_rows_that_come_twice_are_one():
+    """As a sum of two gradients may be; without a mark that they are coalesced."""
+    parameter = nn.Parameter(torch.ones(5, 3))
+    values = torch.tensor([[1.0] * 3, [-3.0] * 3, [2.0] * 3])
+    parameter.grad = torch.sparse_coo_tensor([[1, 1, 3]], values, (5, 3), check_invariants=True)
+    assert clip_grad_norm_(parameter, 1.0).item() == pytest.approx(24**0.5, rel=1e-5)
+    assert parameter.grad.is_coalesced()
+    assert parameter.grad.indices().tolist() == [[1, 3]]
+    assert parameter.grad.to_dense().norm().item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_several_sparse_dimensions():
+    parameter = nn.Parameter(torch.ones(5, 3, 2))
+    index = torch.tensor([[1, 1, 3], [2, 2, 0]])
+    parameter.grad = torch.sparse_coo_tensor(
+        index, torch.ones(3, 2), (5, 3, 2), check_invariants=True
+    )
+    assert clip_grad_norm_(parameter, 1.0).item() == pytest.approx(10**0.5, rel=1e-5)
+    assert parameter.grad.to_dense().norm().item() == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("sparse_grad", [True, "factored"])
+def test_with_a_grad_scaler(sparse_grad):
+    mixed, plain = model(sparse_grad), model(sparse_grad)
     x = torch.randn(30, 8)
     optimisers = [SparseAdam(net.parameters(), lr=0.01) for net in (mixed, plain)]
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
