@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import hf as hf
     from . import optim, transformer
     from ._backend import backend, use_backend
     from .checkpoints import load_with_memory, save_with_memory
@@ -55,7 +56,13 @@ _MODULES = {
 """Where each name of `__all__` is defined, as the type checkers read above."""
 
 
+_EXTRAS = ("hf",)
+"""Packages that need what only an extra installs: no `import *` may ask for them."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _EXTRAS:
+        return importlib.import_module(f".{name}", __name__)
     for module, names in _MODULES.items():
         if name in names:
             found = importlib.import_module(f".{module or name}", __name__)
@@ -65,4 +72,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_EXTRAS})

@@ -17,7 +17,7 @@ class _HandOn:
     attention again but not the hooks of the layer.
     """
 
-    def __init__(self, memory: nn.Module, name: str, position: int) -> None:
+    def __init__(self, memory: Any, name: str, position: int) -> None:
         self.memory, self.name, self.position = memory, name, position
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -30,7 +30,7 @@ class _HandOn:
             mask = ~mask if mask.dtype == torch.bool else mask == 0
             if mask.ndim == 2 and not getattr(module, "batch_first", True):
                 mask = mask.transpose(0, 1)
-        self.memory.layer_mask = mask  # pyright: ignore[reportAttributeAccessIssue]
+        self.memory.layer_mask = mask
 
 
 def hand_on_padding(model: nn.Module, place: str, memory: nn.Module) -> None:

@@ -1,0 +1,121 @@
+"""How transformers brings models with memories back."""
+
+import os
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from .config import METHOD, MemoryConfig, without_guard, write
+from .memories import build
+
+
+def from_pretrained(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
+    """Load a model with its memories, bitwise, as the class that it was saved from.
+
+    The same as that class's own `from_pretrained`, but for a model without memories, which this
+    refuses.
+
+    Args:
+        path: a folder written by `save_pretrained` (single or sharded files), or a name on the hub.
+        **options: those of `from_pretrained`.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: if its config names no memories, or no class of transformers.
+        OSError: if there is no such model.
+    """
+    config = AutoConfig.from_pretrained(path)
+    found = getattr(config, "quantization_config", None) or {}
+    if found.get("quant_method") != METHOD:
+        raise ValueError(
+            f"the config of {os.fspath(path)!r} names no memories: was add_memories or "
+            "write_config called before it was saved?"
+        )
+    (name, *_) = [*(config.architectures or ()), None]
+    kind = getattr(transformers, name, None) if name else None
+    if kind is None:
+        raise ValueError(
+            f"the config of {os.fspath(path)!r} names the class {name!r}, which transformers has "
+            "not: use the from_pretrained of your class"
+        )
+    return kind.from_pretrained(path, **options)
+
+
+_OWN = {
+    "inner",
+    "memories",
+    "postprocess_model",
+    "preprocess_model",
+    "update_attn_implementation",
+    "update_tp_plan",
+}
+
+
+class MemoryQuantizer(HfQuantizer):
+    """Puts memories into a model before its weights are read; quantises nothing itself.
+
+    What the model's own quantiser is asked, that answers.
+    """
+
+    quantization_config: MemoryConfig
+
+    def __init__(self, quantization_config: MemoryConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.memories = quantization_config
+        self.inner: HfQuantizer | None = None
+        if quantization_config.inner is not None:
+            self.inner = AutoHfQuantizer.from_config(dict(quantization_config.inner), **options)
+
+    def __getattribute__(self, name: str) -> Any:
+        own = object.__getattribute__(self, "__dict__")
+        if own.get("inner") is None or name in _OWN or name.startswith("__"):
+            return super().__getattribute__(name)
+        return getattr(own["inner"], name)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The first that is asked about the model's config (`update_tp_plan` before 5.20)."""
+        config = without_guard(config)
+        inner = self.inner
+        return config if inner is None else inner.update_attn_implementation(config)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """As `update_attn_implementation`."""
+        config = without_guard(config)
+        update = getattr(self.inner or super(), "update_tp_plan", lambda config: config)
+        return update(config)
+
+    def preprocess_model(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None, **options: Any
+    ) -> None:
+        """Put the memories in, after the model's own quantiser has seen what they replace."""
+        if self.inner is not None:
+            self.inner.preprocess_model(model, dtype=dtype, **options)
+        build(model, self.memories, dtype)
+
+    def postprocess_model(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+        """Leave no trace of a quantiser but the model's own."""
+        if self.inner is not None:
+            setattr(model, "hf_quantizer", self.inner)  # noqa: B010  (it is no module's attribute)
+            self.inner.postprocess_model(model, **options)
+        else:
+            self.remove_quantization_config(model)
+        write(model, self.memories)
+        return model
+
+    def is_serializable(self) -> Any:
+        """Memories are."""
+        return True
+
+    @property
+    def is_trainable(self) -> Any:
+        """Memories are."""
+        return True
+
+
+register_quantizer(METHOD)(MemoryQuantizer)

@@ -1,0 +1,155 @@
+"""Put memories into models of transformers, and describe them in their config."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pkm_triton.memory import FlatKeyMemory, ProductKeyMemory, _KeyValueMemory
+from pkm_triton.replace import put_memory, replace_ffn
+
+from .config import MemoryConfig, write
+
+_KINDS = {kind.__name__: kind for kind in (ProductKeyMemory, FlatKeyMemory)}
+
+
+def add_memories(
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    *,
+    ffn: str = "mlp",
+    kind: type[_KeyValueMemory] = ProductKeyMemory,
+    share_values: bool = False,
+    **options: Any,
+) -> list[nn.Module]:
+    """Replace the FFN of some layers by memories, and write them into the model's config.
+
+    `save_pretrained` then writes them with the weights, and where `pkm_triton.hf` is imported
+    `from_pretrained` brings the model back bitwise; elsewhere it fails, and names this package.
+
+    Args:
+        model: a model of transformers; changed in place.
+        layers: which, counted from 1 (see `pkm_triton.transformer.memory_layers`).
+        ffn: name of the FFN within a layer (see `replace_ffn`).
+        kind: `ProductKeyMemory` or `FlatKeyMemory`.
+        share_values: whether the memories share one table of values.
+        **options: arguments of `kind` but for its widths, which are the model's.
+
+    Returns:
+        The memories, in the order of the layers.
+
+    Raises:
+        TypeError: if the model is none of transformers, or an option unknown or of the wrong type.
+        ValueError: if a layer, the FFN or an option does not fit (see `replace_ffn`). The model is
+            as it was then.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a PreTrainedModel, not {type(model).__name__}")
+    if kind not in _KINDS.values():
+        raise TypeError(f"kind must be {' or '.join(_KINDS)}, not {kind!r}")
+    if not isinstance(share_values, bool):
+        raise TypeError(f"share_values is {share_values!r}, but must be True or False")
+    dim = model.config.get_text_config().hidden_size
+    first: list[_KeyValueMemory] = []
+
+    def make() -> _KeyValueMemory:
+        memory = kind(dim, **options)
+        if share_values:
+            first.append(memory)
+            memory.values = first[0].values
+        return memory
+
+    memories = replace_ffn(model, layers, make, ffn=ffn)
+    for memory in first:  # moved to a device and dtype one by one
+        memory.values = first[0].values
+    write_config(model)
+    return memories
+
+
+def write_config(model: PreTrainedModel) -> None:
+    """Write the memories that a model has into its config, for `save_pretrained`.
+
+    `add_memories` does this. Call it yourself for memories put in otherwise, or after changing
+    which tables they share or their dtypes.
+
+    Raises:
+        TypeError: if a memory is of a class of your own, which could not be built again.
+        ValueError: if one memory stands in two places; two may share their values.
+    """
+    names: dict[_KeyValueMemory, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _KeyValueMemory):
+            if _KINDS.get(type(module).__name__) is not type(module):
+                raise TypeError(
+                    f"the memory {name!r} is a {type(module).__name__}, but only "
+                    f"{' and '.join(_KINDS)} can be written into a config"
+                )
+            if module in names:
+                raise ValueError(
+                    f"one memory stands at {names[module]!r} and at {name!r}, which transformers "
+                    "cannot save: give each layer its own, and let them share their values"
+                )
+            names[module] = name
+    tables: dict[int, list[str]] = defaultdict(list)
+    for module, name in names.items():
+        tables[id(module.values)].append(name)
+    memories = [
+        {
+            "name": name,
+            "kind": type(module).__name__,
+            "arguments": module.arguments(),
+            "dtypes": {
+                key: str(tensor.dtype).removeprefix("torch.")
+                for key, tensor in module.state_dict().items()
+                if tensor.is_floating_point() and tensor.dtype != model.dtype
+            },
+        }
+        for module, name in names.items()
+    ]
+    shared = [each for each in tables.values() if len(each) > 1]
+    tie(model, shared)
+    write(model, MemoryConfig(memories, shared, str(model.dtype).removeprefix("torch.")))
+
+
+def build(model: PreTrainedModel, config: MemoryConfig, dtype: torch.dtype | None) -> None:
+    """Put the memories of a config into a model that is being loaded, without data.
+
+    Args:
+        model: its skeleton.
+        config: the memories.
+        dtype: what the model is loaded in; by default its own.
+
+    Raises:
+        ValueError: if the model has no such modules.
+    """
+    dtype = dtype or getattr(torch, config.dtype)
+    prefix = f"{model.base_model_prefix}."
+    modules = dict(model.named_modules())
+    built = {}
+    for memory in config.memories:
+        made = _KINDS[memory["kind"]](**memory["arguments"], device="meta", dtype=dtype)
+        for key, other in memory["dtypes"].items():
+            parent, _, attribute = key.rpartition(".")
+            tensor = getattr(made.get_submodule(parent), attribute)
+            tensor.data = tensor.data.to(getattr(torch, other))
+        # The config may be of a model with a head, or of one without.
+        name = memory["name"]
+        spellings = (name, name.removeprefix(prefix), prefix + name)
+        place = next((each for each in spellings if each in modules), None)
+        if place is None:
+            raise ValueError(f"config has a memory at {name!r}, which the model has not")
+        made.train(modules[place].training)
+        put_memory(model, place, made)
+        built[name] = place
+    tie(model, [[built[name] for name in names] for names in config.shared])
+
+
+def tie(model: PreTrainedModel, shared: Sequence[Sequence[str]]) -> None:
+    """Tell transformers which memories share their values, given their names."""
+    tied = {f"{name}.values": f"{names[0]}.values" for names in shared for name in names[1:]}
+    if tied:
+        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **tied}
+        model.all_tied_weights_keys = {**model.all_tied_weights_keys, **tied}

@@ -1,0 +1,279 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+import transformers
+from small_models import gpt2, llama
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+import pkm_triton as pkm
+
+SIZES = {"num_subkeys": 8, "heads": 2, "top_k": 4, "query_dim": 6}
+IDS = torch.tensor([[5, 3, 9, 1], [7, 7, 2, 60]])
+
+
+def trained(make_model, layers=(1, 3), **options):
+    """A model whose weights and statistics have moved from where they began."""
+    model = make_model()
+    pkm.hf.add_memories(model, layers, **{**SIZES, **options})
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    return model.eval()
+
+
+def memories(model):
+    return [m for m in model.modules() if isinstance(m, (pkm.ProductKeyMemory, pkm.FlatKeyMemory))]
+
+
+def assert_same(loaded, model, *, outputs=True):
+    assert type(loaded) is type(model)
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert list(ours) == list(theirs)
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert torch.equal(ours[name], theirs[name]), name
+    assert len(list(model.parameters())) == len(list(loaded.parameters()))
+    assert [m.arguments() for m in memories(loaded)] == [m.arguments() for m in memories(model)]
+    with torch.no_grad():  # rotary frequencies, no part of the state, are never loaded in bfloat16
+        same = torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
+        assert same or not outputs
+
+
+def loaders(kind):
+    return (
+        pkm.hf.from_pretrained,
+        kind.from_pretrained,
+        transformers.AutoModelForCausalLM.from_pretrained,
+    )
+
+
+@pytest.mark.parametrize("make_model", [llama, gpt2])
+@pytest.mark.parametrize("share_values", [False, True])
+def test_every_way_of_loading_brings_the_bits_back(make_model, share_values, tmp_path):
+    model = trained(make_model, share_values=share_values)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    for load in loaders(type(model)):
+        loaded = load(tmp_path)
+        assert_same(loaded, model)
+        first, second = memories(loaded)
+        assert (first.values is second.values) == share_values
+        assert not getattr(loaded, "is_quantized", False)
+        assert getattr(loaded, "hf_quantizer", None) is None
+
+
+def test_sharded_files_and_a_second_round(tmp_path):
+    model = trained(llama, share_values=True)
+    model.save_pretrained(tmp_path / "one", max_shard_size="20KB")
+    assert len(list((tmp_path / "one").glob("model-*.safetensors"))) > 2
+    loaded = pkm.hf.from_pretrained(tmp_path / "one")
+    assert_same(loaded, model)
+    loaded.save_pretrained(tmp_path / "two")
+    assert_same(pkm.hf.from_pretrained(tmp_path / "two"), model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"query_norm": "layer", "query_hidden": (5,), "sparse_grad": True},
+        {"kind": pkm.FlatKeyMemory, "query_norm": None},
+    ],
+    ids=["options", "flat"],
+)
+def test_every_argument_comes_back(options, tmp_path):
+    model = llama()
+    pkm.hf.add_memories(model, [2], **{**SIZES, **options})
+    model.eval().save_pretrained(tmp_path)
+    assert_same(pkm.hf.from_pretrained(tmp_path), model)
+
+
+def test_dtypes_that_are_not_the_models(tmp_path):
+    model = llama().to(torch.bfloat16)
+    (memory,) = pkm.hf.add_memories(model, [2], **SIZES)
+    assert memory.subkeys.dtype == torch.bfloat16
+    memory.subkeys.data = memory.subkeys.data.float() + 1e-4
+    pkm.hf.write_config(model)
+    model.eval().save_pretrained(tmp_path)
+    assert_same(pkm.hf.from_pretrained(tmp_path), model, outputs=False)
+    half = memories(pkm.hf.from_pretrained(tmp_path, dtype=torch.float16))[0]
+    assert half.values.dtype == torch.float16
+    assert torch.equal(half.subkeys, memory.subkeys)
+
+
+def test_the_body_of_a_model_saved_with_its_head_and_the_other_way_round(tmp_path):
+    model = trained(llama)
+    model.save_pretrained(tmp_path / "head")
+    body = transformers.AutoModel.from_pretrained(tmp_path / "head")
+    assert type(body) is transformers.LlamaModel
+    for one, other in zip(memories(body), memories(model), strict=True):
+        assert torch.equal(one.values, other.values)
+    body.save_pretrained(tmp_path / "body")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "body")
+    for one, other in zip(memories(again), memories(model), strict=True):
+        assert torch.equal(one.values, other.values)
+
+
+def test_memories_put_in_otherwise(tmp_path):
+    model = llama()
+    pkm.replace_ffn(model, [1, 2], lambda: pkm.ProductKeyMemory(32, **SIZES))
+    first, second = memories(model)
+    second.values = first.values
+    pkm.hf.write_config(model)
+    model.eval().save_pretrained(tmp_path)
+    loaded = pkm.hf.from_pretrained(tmp_path)
+    assert_same(loaded, model)
+    model.model.layers[2].mlp = first
+    with pytest.raises(ValueError, match=r"at 'model.layers.0.mlp' and at 'model.layers.2.mlp'"):
+        pkm.hf.write_config(model)
+
+
+def test_padding_reaches_memories_that_were_loaded(tmp_path):
+    trained(llama).save_pretrained(tmp_path)
+    loaded = pkm.hf.from_pretrained(tmp_path)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    with pkm.track_usage(loaded) as usages:
+        loaded(input_ids=IDS, attention_mask=mask)
+    assert [round(u.weight_sums.sum().item(), 4) for u in usages.values()] == [12, 12]
+
+
+def test_training_goes_on_from_a_loaded_model(tmp_path):
+    trained(llama).save_pretrained(tmp_path / "model")
+    loaded = pkm.hf.from_pretrained(tmp_path / "model").train()
+    losses = []
+    optimiser = torch.optim.Adam(pkm.param_groups(loaded, lr=1e-2, value_lr=1e-2))
+    for _ in range(10):
+        loss = loaded(input_ids=IDS, labels=IDS).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+WITHOUT = """
+import sys, transformers
+for kind in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):
+    try:
+        kind.from_pretrained(sys.argv[1])
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_loading_without_this_package_fails_and_names_it(tmp_path):
+    trained(llama).save_pretrained(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("pip install pkm-triton and import pkm_triton.hf before loading") == 2
+
+
+def test_a_config_without_memories(tmp_path):
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="names no memories: was add_memories or write_config"):
+        pkm.hf.from_pretrained(tmp_path)
+    trained(llama).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = ["MyOwn"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="names the class 'MyOwn', which transformers has not"):
+        pkm.hf.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        (nn.Linear(3, 3), {}, TypeError, "model must be a PreTrainedModel, not Linear"),
+        (None, {"kind": nn.Linear}, TypeError, "kind must be ProductKeyMemory or FlatKeyMemory"),
+        (None, {"share_values": 1}, TypeError, "share_values is 1, but must be True or False"),
+        (None, {"wings": 2}, TypeError, "wings"),
+        (None, {"top_k": 0}, ValueError, "top_k is 0"),
+        (None, {"ffn": "feed"}, ValueError, "ffn is 'feed'.* to a y of its width: 'mlp'"),
+    ],
+)
+def test_wrong_arguments_change_nothing(model, options, error, message):
+    given = llama() if model is None else model
+    before = dict(given.named_modules())
+    with pytest.raises(error, match=message):
+        pkm.hf.add_memories(given, [1], **{**SIZES, **options})
+    assert dict(given.named_modules()) == before
+    if model is None:
+        assert getattr(given.config, "quantization_config", None) is None
+
+
+def test_a_memory_of_ones_own_is_refused():
+    class Mine(pkm.ProductKeyMemory):
+        pass
+
+    model = llama()
+    pkm.replace_ffn(model, [1], lambda: Mine(32, **SIZES))
+    with pytest.raises(TypeError, match=r"'model.layers.0.mlp' is a Mine, but only"):
+        pkm.hf.write_config(model)
+
+
+class Eighths(nn.Linear):
+    """A map whose weights are multiples of an eighth, in int8."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        weight = torch.empty_like(self.weight, dtype=torch.int8)
+        if not linear.weight.is_meta:
+            weight = (linear.weight * 8).round().to(torch.int8)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) / 8)
+
+
+@register_quantization_config("eighths")
+class EighthsConfig(QuantizationConfigMixin):
+    def __init__(self, quant_method="eighths"):
+        self.quant_method = quant_method
+
+
+@register_quantizer("eighths")
+class EighthsQuantizer(HfQuantizer):
+    is_trainable = False
+
+    def is_serializable(self):
+        return True
+
+    def _process_model_before_weight_loading(self, model, **_):
+        quantise(model)
+
+
+def quantise(model):
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, Eighths(getattr(layer.mlp, name)))
+    return model
+
+
+def test_a_quantised_model_keeps_its_quantiser(tmp_path):
+    model = quantise(llama().to(torch.bfloat16))
+    model.config.quantization_config = EighthsConfig()
+    model.hf_quantizer = EighthsQuantizer(model.config.quantization_config)
+    (memory,) = pkm.hf.add_memories(model, [2], **SIZES)
+    assert {p.dtype for p in memory.parameters()} == {torch.bfloat16}
+    model.eval().save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same(loaded, model, outputs=False)
+    assert isinstance(loaded.model.layers[0].mlp.up_proj, Eighths)
+    assert type(loaded.model.layers[1].mlp.query_net.layers[0]) is nn.Linear
+    assert type(loaded.hf_quantizer) is EighthsQuantizer
+    assert loaded.is_quantized
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same(pkm.hf.from_pretrained(tmp_path / "again"), model, outputs=False)
