@@ -6,13 +6,17 @@ from typing import Any
 
 from torch import nn
 
-from ._checks import check_positive
+from ._optimizer_options import check_number
 from .memory import _KeyValueMemory
 from .usage import MemoryUsage
 
 
 def param_groups(
-    model: nn.Module, lr: float = 2.5e-4, value_lr: float = 1e-3
+    model: nn.Module,
+    lr: float = 2.5e-4,
+    value_lr: float = 1e-3,
+    weight_decay: float | None = None,
+    value_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """Two parameter groups for an optimiser: memory values, which learn faster, and the rest.
 
@@ -20,26 +24,37 @@ def param_groups(
 
     Args:
         model: any module; its memory layers are found wherever they are.
-        lr: learning rate of everything but values.
+        lr: learning rate of everything but values; 0 or more.
         value_lr: learning rate of the memory layers' values.
+        weight_decay: of everything but values; None: the optimiser's own.
+        value_weight_decay: of the memory layers' values. A row decays in the steps that touch it:
+            with dense gradients in all, with sparse ones in those that read it.
 
     Returns:
-        [{"params": rest, "lr": lr}, {"params": values, "lr": value_lr}], of the parameters that
-        require a gradient, each once; a group without parameters is left out.
+        [{"params": rest, "lr": lr}, {"params": values, "lr": value_lr}], and "weight_decay" where
+        it is given, of the parameters that require a gradient, each once; a group without
+        parameters is left out.
 
     Raises:
-        ValueError: if a learning rate is not above 0, or no parameter requires a gradient.
+        TypeError: if an option is no number.
+        ValueError: if an option is negative or not finite, or no parameter requires a gradient.
     """
-    check_positive("lr", lr)
-    check_positive("value_lr", value_lr)
+    options = {"lr": lr}, {"lr": value_lr}
+    for name, value in (("lr", lr), ("value_lr", value_lr)):
+        check_number(name, value)
+    decays = ("weight_decay", weight_decay), ("value_weight_decay", value_weight_decay)
+    for group, (name, value) in zip(options, decays, strict=True):
+        if value is not None:
+            check_number(name, value)
+            group["weight_decay"] = value
     layers = [module for module in model.modules() if isinstance(module, _KeyValueMemory)]
     value_ids = {id(layer.values) for layer in layers}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("model has no parameter that requires a gradient")
     groups = [
-        {"params": [p for p in trained if id(p) not in value_ids], "lr": lr},
-        {"params": [p for p in trained if id(p) in value_ids], "lr": value_lr},
+        {"params": [p for p in trained if id(p) not in value_ids], **options[0]},
+        {"params": [p for p in trained if id(p) in value_ids], **options[1]},
     ]
     return [group for group in groups if group["params"]]
 

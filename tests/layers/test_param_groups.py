@@ -37,8 +37,24 @@ def test_model_without_memory():
     assert len(group["params"]) == 2
 
 
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="value_lr is -1"):
-        pkm.param_groups(model(), value_lr=-1)
+def test_weight_decay_of_each_group():
+    net = model()
+    rest, values = pkm.param_groups(net, weight_decay=0.1, value_weight_decay=0)
+    assert (rest["weight_decay"], values["weight_decay"]) == (0.1, 0)
+    rest, values = pkm.param_groups(net, lr=0, value_weight_decay=0.3)
+    assert rest["lr"] == 0
+    assert "weight_decay" not in rest
+    optimiser = torch.optim.AdamW([rest, values], weight_decay=0.2)
+    assert [group["weight_decay"] for group in optimiser.param_groups] == [0.2, 0.3]
+
+
+@pytest.mark.parametrize("name", ["lr", "value_lr", "weight_decay", "value_weight_decay"])
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "1"])
+def test_bad_arguments(name, value):
+    with pytest.raises((TypeError, ValueError), match=f"^{name} "):
+        pkm.param_groups(model(), **{name: value})
+
+
+def test_nothing_to_train():
     with pytest.raises(ValueError, match="no parameter"):
         pkm.param_groups(nn.ReLU())
