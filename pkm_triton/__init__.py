@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import distributed, optim, transformer
     from . import hf as hf
-    from . import optim, transformer
     from ._backend import backend, use_backend
     from .checkpoints import load_with_memory, save_with_memory
     from .memory import FlatKeyMemory, ProductKeyMemory
@@ -28,6 +28,7 @@ __all__ = [
     "ProductKeyMemory",
     "QueryNetwork",
     "backend",
+    "distributed",
     "flat_key_topk",
     "gather_values",
     "load_with_memory",
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "": ["optim", "transformer"],
+    "": ["distributed", "optim", "transformer"],
     "_backend": ["backend", "use_backend"],
     "checkpoints": ["load_with_memory", "save_with_memory"],
     "memory": ["FlatKeyMemory", "ProductKeyMemory"],

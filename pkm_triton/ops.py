@@ -86,11 +86,10 @@ def gather_values(
         weights: [..., R], any of the dtypes of values.
         sparse_grad: what the gradient of values is. False: a dense [K, d_v]. True: a coalesced
             sparse COO tensor of the rows that were read; for `optim.SparseAdam`,
-            `torch.optim.SparseAdam` and its like; `DistributedDataParallel` averages no sparse
-            gradient but that of `nn.Embedding`, so keep values out of it and all-reduce the
-            gradient after the backward pass. "factored": a `FactoredGradient`, from which
-            `optim.SparseAdam`, and nothing else, makes its step without the rows' gradient ever
-            being stored; under `torch.compile` it breaks the graph.
+            `torch.optim.SparseAdam` and its like. `DistributedDataParallel` averages neither this
+            nor the next form: see `distributed.data_parallel`. "factored": a `FactoredGradient`,
+            from which `optim.SparseAdam`, and nothing else, makes its step without the rows'
+            gradient ever being stored; under `torch.compile` it breaks the graph.
 
     Returns:
         [..., d_v], in the dtype of values, accumulated in float32 (float64 for float64).

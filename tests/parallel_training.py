@@ -4,23 +4,19 @@ import torch
 from torch import distributed, nn
 
 import pkm_triton as pkm
+from pkm_triton.gradients import FactoredGradient
 from pkm_triton.optim import SparseAdam, clip_grad_norm_
 
 SIZES = {"num_subkeys": 6, "heads": 2, "top_k": 3, "query_dim": 4, "query_norm": "layer"}
+FORMS = [False, True, "factored"]
 
 
-def make_model(sparse_grad):
+def make_model(sparse_grad, shared=False):
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(8, 8), pkm.ProductKeyMemory(8, **SIZES, sparse_grad=sparse_grad))
-
-
-def average_sparse(model):
-    """What a user adds for sparse gradients, which DistributedDataParallel does not average."""
-    for parameter in model.parameters():
-        if parameter.grad is not None and parameter.grad.is_sparse:
-            grad = parameter.grad.coalesce()
-            distributed.all_reduce(grad)
-            parameter.grad = grad / 2
+    memories = [pkm.ProductKeyMemory(8, **SIZES, sparse_grad=sparse_grad) for _ in range(2)]
+    if shared:
+        memories[1].values = memories[0].values
+    return nn.Sequential(nn.Linear(8, 8), memories[0], nn.Tanh(), memories[1])
 
 
 def train(model, parts, after_backward=lambda model: None):
@@ -31,7 +27,10 @@ def train(model, parts, after_backward=lambda model: None):
         for half in range(2):
             seed = torch.Generator().manual_seed(2 * step + half)
             x = torch.randn(2, 5, 8, generator=seed)
-            (sum(model(x[part]).square().sum() for part in parts) / len(parts)).backward()
+            # The last is averaged with what no_sync() has left before.
+            last = half == 1 or not hasattr(model, "no_sync")
+            with torch.enable_grad() if last else model.no_sync():
+                (sum(model(x[part]).square().sum() for part in parts) / len(parts)).backward()
         after_backward(model)
         clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -41,17 +40,63 @@ def train(model, parts, after_backward=lambda model: None):
     }
 
 
+def disturbed(model, rank):
+    """Ranks that do not start from the same values."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += rank
+    return model
+
+
 def run_rank(rank, folder):
-    """Train with dense and with sparse gradients; see that factors are refused."""
-    parallel = nn.parallel.DistributedDataParallel
-    torch.save(train(parallel(make_model(False)), [rank]), f"{folder}/False-{rank}.pt")
-    sparse = make_model(True)
-    parallel._set_params_and_buffers_to_ignore_for_model(sparse, ["1.values"])
-    trained = train(parallel(sparse), [rank], average_sparse)
-    torch.save(trained, f"{folder}/True-{rank}.pt")
-    factored, refused = parallel(make_model("factored")), "nothing was raised"
-    try:
-        factored(torch.randn(5, 8)).sum().backward()
-    except Exception as error:
-        refused = f"{type(error).__name__}: {error}"
-    torch.save(refused, f"{folder}/factored-{rank}.pt")
+    """Train with every form of gradient, and of tables that are shared."""
+    parallel = pkm.distributed.data_parallel
+    for form in FORMS:
+        for shared in (False, True):
+            net = parallel(disturbed(make_model(form, shared), rank))
+            torch.save(train(net, [rank]), f"{folder}/{form}-{shared}-{rank}.pt")
+            kinds = {False: torch.Tensor, True: torch.Tensor, "factored": FactoredGradient}
+            grad = net.module[1].values.grad
+            assert isinstance(grad, kinds[form])
+            assert grad.is_sparse == (form is True)
+        alone = train(
+            make_model(form),
+            [rank],
+            lambda model: pkm.distributed.average_gradients(model.parameters()),
+        )
+        torch.save(alone, f"{folder}/{form}-alone-{rank}.pt")
+
+
+def run_unequal(rank, folder):
+    """Ranks of which one reads nothing, and one memory that is the whole model."""
+    out = {}
+    for form in (True, "factored"):
+        net = pkm.distributed.data_parallel(make_model(form))
+        x = torch.ones(5 * (1 - rank), 8)
+        net(x).square().sum().backward()
+        out[form] = net.module[1].values.grad.to_dense()
+        memory = pkm.ProductKeyMemory(8, **SIZES, sparse_grad=form)
+        root = pkm.distributed.data_parallel(memory)
+        root(torch.ones(3 + rank, 8)).sum().backward()
+        out[f"{form} root"] = memory.values.grad.to_dense()
+        assert memory.values.grad.is_sparse == (form is True)
+    torch.save(out, f"{folder}/unequal-{rank}.pt")
+
+
+def run_refused(rank, folder):
+    """What is not put right is said."""
+    said = []
+    wrapped = nn.parallel.DistributedDataParallel(make_model(True))
+    frozen = make_model("factored")
+    for name, parameter in frozen.named_parameters():
+        parameter.requires_grad_("values" in name)
+    for wrong in (
+        lambda: pkm.distributed.average_sparse_values(wrapped),
+        lambda: pkm.distributed.data_parallel(frozen),
+    ):
+        try:
+            wrong()
+        except ValueError as error:
+            said.append(str(error))
+    torch.save(said, f"{folder}/refused-{rank}.pt")
+    distributed.barrier()

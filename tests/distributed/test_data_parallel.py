@@ -1,0 +1,44 @@
+"""Two ranks under DistributedDataParallel on gloo: as one rank with both halves of the batch."""
+
+import pytest
+import torch
+from parallel_training import FORMS, make_model, train
+from ranks import run_two_ranks
+from torch import distributed
+
+pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
+
+
+def run(tmp_path, *names):
+    calls = "\n".join(f"parallel_training.{name}(rank, folder)" for name in names)
+    run_two_ranks(f"import parallel_training\n{calls}", tmp_path)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_as_one(tmp_path):
+    run(tmp_path, "run_rank")
+    for form in FORMS:
+        for shared in (False, True, "alone"):
+            ranks = [torch.load(tmp_path / f"{form}-{shared}-{rank}.pt") for rank in range(2)]
+            expected = train(make_model(form, shared is True), [0, 1])
+            for name, parameter in expected.items():
+                where = f"{name}, {form}, {shared}"
+                assert torch.equal(ranks[0][name], ranks[1][name]), where
+                torch.testing.assert_close(ranks[0][name], parameter, msg=where)
+
+
+def test_ranks_that_differ(tmp_path):
+    """One reads nothing; a memory is the whole model; and what is not put right is said."""
+    run(tmp_path, "run_unequal", "run_refused")
+    ranks = [torch.load(tmp_path / f"unequal-{rank}.pt") for rank in range(2)]
+    alone = make_model(False)
+    alone(torch.ones(5, 8)).square().sum().backward()
+    for form in (True, "factored"):
+        torch.testing.assert_close(ranks[0][form], alone[1].values.grad / 2)
+        for name in (form, f"{form} root"):
+            assert torch.equal(ranks[0][name], ranks[1][name]), name
+            assert ranks[0][name].count_nonzero() > 0
+    left_in, nothing = torch.load(tmp_path / "refused-0.pt")
+    assert "the values of memory '1' have sparse_grad=True" in left_in
+    assert "ignore_sparse_values" in left_in
+    assert "call average_gradients" in nothing
