@@ -3,6 +3,7 @@
 Its folders, each of which imports from those below it alone:
 
     sweep       presets, predictions, running a grid, the command
+    check       the proof on a machine; needs torch and triton alone
     report      tables, pictures, comparisons, the paper's figures
     measure     timing, memory, workloads, baselines, roofline
     records     points, rows, files, environment

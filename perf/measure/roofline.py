@@ -8,6 +8,9 @@ it is read, so `distinct` is the number of different slots read in the pass.
     d_v value width, s bytes an element. Scores are 4 bytes, slots are 4 bytes.
 """
 
+import time
+from collections.abc import Callable
+
 import torch
 
 from pkm_triton.perf.records.points import Point
@@ -88,6 +91,37 @@ def moved_bytes(point: Point, distinct: int) -> int:
 def lookup_share(point: Point, lookup_ms: float, device_bandwidth: float) -> float:
     """Share of the device's memory bandwidth that the lookup's compulsory bytes take."""
     return lookup_bytes(point) / device_bandwidth / (lookup_ms / 1e3)
+
+
+def copy_bandwidth(device: str, num_bytes: int = 2**30) -> float:
+    """Bytes a second that a copy on this device just moved, reads and writes together."""
+    source = torch.empty(num_bytes, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / _seconds(lambda: target.copy_(source), device)
+
+
+def product_rate(device: str, size: int = 8192) -> float:
+    """Floating-point operations a second of a bfloat16 product of square matrices just now."""
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    out = torch.empty_like(matrix)
+    return 2 * size**3 / _seconds(lambda: torch.mm(matrix, matrix, out=out), device)
+
+
+def _seconds(run: Callable[[], object], device: str, turns: int = 10) -> float:
+    """The shortest of some turns: what the device can do, not what it did."""
+    found: list[float] = []
+    for _ in range(turns):
+        _wait(device)
+        started = time.perf_counter()
+        run()
+        _wait(device)
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def bandwidth(device: str) -> float | None:

@@ -1,12 +1,12 @@
 """Time passes against each other, and turn a built point into the figures of a row."""
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from pkm_triton.perf.records.points import Point
@@ -14,6 +14,11 @@ from pkm_triton.perf.records.points import Point
 from . import roofline
 from .memory import measure_peak
 from .workload import Parts, Pass, Workload
+
+try:
+    import psutil
+except ModuleNotFoundError:  # `pkm-perf check` does without
+    psutil = None
 
 MIN_SAMPLES = 3
 ROUND_SECONDS = 0.02
@@ -34,7 +39,7 @@ class Timing:
         median_ms, low_ms, high_ms: median, 20th and 80th percentile, milliseconds.
         samples: passes timed.
         cpu_ms: median CPU time, all threads together; on a GPU, of the launches.
-        others: cores' worth of CPU time that other processes took meanwhile.
+        others: cores' worth of CPU time that other processes took meanwhile; NaN without psutil.
         remark: `busy: why` or `uneven: how much`, or empty.
     """
 
@@ -146,10 +151,13 @@ class _Others:
     def cores(self) -> float:
         """Cores' worth of it."""
         wall, busy, own = self._now()
-        return max(0.0, (busy - self._busy) - (own - self._own)) / max(wall - self._wall, 1e-9)
+        taken = (busy - self._busy) - (own - self._own)
+        return math.nan if math.isnan(taken) else max(0.0, taken) / max(wall - self._wall, 1e-9)
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
+        if psutil is None:
+            return math.nan, math.nan, math.nan
         times = psutil.cpu_times()
         idle = times.idle + getattr(times, "iowait", 0.0)
         # Guests are counted among the user's time as well.

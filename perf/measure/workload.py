@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import pkm_triton as pkm
 from pkm_triton.gradients import FactoredGradient
-from pkm_triton.perf.records.points import Point
+from pkm_triton.perf.records.points import COMPILED, Point
 
 from .baselines import PackageMemory, TextbookMemory
 from .reads import generate_slots
@@ -62,7 +62,7 @@ def build_memory(point: Point) -> Memory:
     }
     if point.implementation == "product-key-memory":
         return PackageMemory(point.dim, **shared)
-    if point.implementation == "textbook":
+    if point.implementation == "textbook" or point.implementation in COMPILED:
         query_net = pkm.QueryNetwork(
             point.dim,
             point.heads,
@@ -189,6 +189,8 @@ class Workload:
                 point.reads, shape, point.num_slots, generator=generator, device=point.device
             )
         function = memory if self._slots is None else self._read_generated
+        if point.implementation in COMPILED:
+            function = torch.compile(function, mode=COMPILED[point.implementation])
         self.whole = Pass(
             function,
             [self._x],
@@ -209,7 +211,7 @@ class Workload:
     def parts(self) -> Parts | None:
         """The three parts, fed with what the layer makes; None for a layer without parts."""
         memory = self._memory
-        if isinstance(memory, PackageMemory):
+        if isinstance(memory, PackageMemory) or self._point.implementation in COMPILED:
             return None
         with torch.no_grad():
             query = memory.query_net(self._x)

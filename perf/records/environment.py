@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+import pkm_triton
+
 
 def resolve_device(device: str) -> str:
     """Turn `auto`, `cpu` or `cuda` into the device to use.
@@ -100,6 +102,6 @@ def versions() -> dict[str, str]:
     return {
         "torch_version": torch.__version__,
         "triton_version": version_of("triton"),
-        "pkm_triton_version": version_of("pkm-triton"),
+        "pkm_triton_version": pkm_triton.__version__,
         "commit": commit(),
     }

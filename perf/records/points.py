@@ -5,7 +5,12 @@ from typing import Any
 
 import torch
 
-IMPLEMENTATIONS = ("pkm_triton", "textbook", "product-key-memory")
+COMPILED = {
+    "textbook-compiled": "default",
+    "textbook-tuned": "max-autotune-no-cudagraphs",
+}
+"""The mode of `torch.compile` by implementation."""
+IMPLEMENTATIONS = ("pkm_triton", "textbook", *COMPILED, "product-key-memory")
 KEYS = ("product", "flat")
 PASSES = ("forward", "forward+backward", "step", "fused-step")
 READS = ("layer", "uniform", "zipf")
@@ -34,7 +39,8 @@ class Point:
 
     Attributes:
         implementation: `pkm_triton` (this library), `textbook` (plain PyTorch, written from the
-            paper) or `product-key-memory` (the package of that name).
+            paper), the same compiled (`textbook-compiled`, `textbook-tuned`: see `COMPILED`) or
+            `product-key-memory` (the package of that name).
         keys: `product` (two codebooks of `num_subkeys` sub-keys) or `flat` (`num_subkeys`² keys).
         num_subkeys: |C|; the memory has |C|² slots.
         query_dim: width of one head's query.

@@ -29,6 +29,10 @@ SERIES_STYLE = {
     ("pkm_triton", "flat"): (ORANGE, "s", "flat keys"),
     ("textbook", "product"): (GREEN, "^", "product keys, textbook PyTorch"),
     ("textbook", "flat"): (PURPLE, "v", "flat keys, textbook PyTorch"),
+    ("textbook-compiled", "product"): (SKY, "<", "product keys, textbook compiled"),
+    ("textbook-compiled", "flat"): (GREY, "<", "flat keys, textbook compiled"),
+    ("textbook-tuned", "product"): (SKY, ">", "product keys, textbook compiled and tuned"),
+    ("textbook-tuned", "flat"): (GREY, ">", "flat keys, textbook compiled and tuned"),
     ("product-key-memory", "product"): (PURPLE, "D", "product keys, package product-key-memory"),
 }
 PART_COLOURS = {"query": SKY, "lookup": ORANGE, "gather": BLUE}

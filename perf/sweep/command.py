@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -30,7 +31,6 @@ from pkm_triton.perf.records.points import (
     Point,
 )
 from pkm_triton.perf.records.sweep_row import CSV_NAME, RowFile
-from pkm_triton.perf.report.write import write_report
 
 from .predict import predicted_bytes
 from .presets import PRESETS, make_points
@@ -172,14 +172,25 @@ def run(arguments: argparse.Namespace) -> int:
             "'remark' says which. The same command with --retry measures them again.",
             file=sys.stderr,
         )
-    for written in (path, *write_report(file.rows, folder)):
-        print(written)
+    print(path)
+    _report(file, folder)
     rows = [file.get(point, device_name(point.device), seed, limits.seconds) for point in points]
     if not any(row is not None and row.ok for row in rows):
         last = next(row for row in reversed(rows) if row is not None)
         print(f"No point could be measured; the last one: {last.status}", file=sys.stderr)
         return 1
     return 0
+
+
+def _report(file: RowFile, folder: Path) -> None:
+    """Tables and pictures, where the library that draws them is installed."""
+    if find_spec("matplotlib") is None:
+        print("matplotlib is not installed: no tables and pictures; pkm-perf plot makes them later")
+        return
+    from pkm_triton.perf.report.write import write_report
+
+    for written in write_report(file.rows, folder):
+        print(written)
 
 
 def _plan(todo: Sequence[Point], points: Sequence[Point], limits: Limits) -> str:

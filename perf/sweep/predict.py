@@ -22,15 +22,16 @@ def predicted_bytes(point: Point) -> int:
         # A sparse gradient is held twice while it is made coalesced; indices are 8 bytes.
         elements += others + (2 * reads * (point.value_dim + 4) if point.sparse_grad else values)
     if point.steps:
-        # Two moments, and what a step makes of the gradient: a few rows a read, or tables.
-        elements += 2 * (values + others)
+        # What a step makes of the gradient: a few rows a read, or tables.
         elements += 6 * reads * point.value_dim if point.sparse_grad else 2 * values
     if point.keys == "product" and point.implementation != "pkm_triton":
         # Scores, their copy for the backward pass, k² candidates with their int64 indices.
         rows = point.tokens * point.heads
         elements += rows * (4 * point.num_subkeys + 4 * point.top_k**2)
     elements += 8 * reads + 8 * point.tokens * (point.dim + width + point.value_dim)
-    return elements * point.itemsize + _FIXED_BYTES
+    # Two moments, of 4 bytes even where the table has fewer.
+    moments = 2 * (values + others) * max(4, point.itemsize) if point.steps else 0
+    return elements * point.itemsize + moments + _FIXED_BYTES
 
 
 def predicted_seconds(point: Point, rows: Iterable[Row]) -> float | None:

@@ -14,6 +14,8 @@ Axes = Mapping[str, Sequence[Any]]
 
 
 _TEXTBOOK = ("pkm_triton", "textbook")
+_COMPILED = (*_TEXTBOOK, "textbook-compiled")
+_ON_CPU = (*_TEXTBOOK, "product-key-memory")
 _ONE_NORM = {"query_norm": ["layer"]}  # the one that all implementations know
 
 
@@ -35,10 +37,41 @@ def _sizes(product: Sequence[int], flat: Sequence[int], **widths: Any) -> list[A
 
 @dataclass(frozen=True)
 class Preset:
-    """Grids to measure, and the time to spend on each pass."""
+    """Grids to measure, and the time to spend on each pass.
+
+    Attributes:
+        seconds: time to spend on each pass.
+        grids: on a CPU, and on a GPU where it has none of its own.
+        gpu: on a GPU, where 512 tokens of float32 would measure launches instead of memories.
+    """
 
     seconds: float
     grids: list[Axes]
+    gpu: list[Axes] | None = None
+
+    def on(self, device: str) -> list[Axes]:
+        """The grids for `cpu` or `cuda`."""
+        return self.gpu if device == "cuda" and self.gpu is not None else self.grids
+
+
+_GPU = {"dtype": ["bfloat16"], "dim": [1024], "query_dim": [512]}
+_GPU_SIZES = (128, 256, 512, 1024, 2048, 4096)
+
+
+def _gpu_grids(product: Sequence[int], flat: Sequence[int], tokens: int) -> list[Axes]:
+    """Size, top-k and heads as on a CPU, training with sparse gradients, and decoding."""
+    training = {"pass_name": ["forward+backward", "step"], "sparse_grad": [True]}
+    decoding = {"num_subkeys": [1024], "tokens": [1, 64], "implementation": IMPLEMENTATIONS}
+    shared = {**_GPU, "num_subkeys": [1024], "tokens": [tokens], "implementation": _COMPILED}
+    return [
+        {**_GPU, "tokens": [tokens], "num_subkeys": product, "implementation": _COMPILED},
+        {**_GPU, "tokens": [tokens], "num_subkeys": flat, "keys": ["flat"]},
+        {**_GPU, "tokens": [tokens], "num_subkeys": product, "implementation": _TEXTBOOK}
+        | training,
+        {**_GPU, **decoding, **_ONE_NORM},
+        {**shared, "top_k": [8, 16, 32, 64, 128]},
+        {**shared, "heads": [1, 2, 4, 8]},
+    ]
 
 
 PRESETS = {
@@ -46,21 +79,23 @@ PRESETS = {
         0.1,
         [
             *_sizes((128, 256, 512), (128, 256), dim=256, tokens=256),
-            {"num_subkeys": [256], "top_k": [8, 16, 32, 64], "implementation": IMPLEMENTATIONS}
+            {"num_subkeys": [256], "top_k": [8, 16, 32, 64], "implementation": _ON_CPU}
             | {"dim": [256], "tokens": [256]}
             | _ONE_NORM,
-            {"num_subkeys": [256], "heads": [1, 2, 4, 8], "implementation": IMPLEMENTATIONS}
+            {"num_subkeys": [256], "heads": [1, 2, 4, 8], "implementation": _ON_CPU}
             | {"dim": [256], "tokens": [256]}
             | _ONE_NORM,
         ],
+        gpu=_gpu_grids((256, 1024), (256,), 4096),
     ),
     "default": Preset(
         0.3,
         [
             *_sizes(PAPER_SIZES, PAPER_SIZES),
-            {"top_k": [8, 16, 32, 64, 128], "implementation": IMPLEMENTATIONS} | _ONE_NORM,
-            {"heads": [1, 2, 4, 8], "implementation": IMPLEMENTATIONS} | _ONE_NORM,
+            {"top_k": [8, 16, 32, 64, 128], "implementation": _ON_CPU} | _ONE_NORM,
+            {"heads": [1, 2, 4, 8], "implementation": _ON_CPU} | _ONE_NORM,
         ],
+        gpu=_gpu_grids(_GPU_SIZES, (128, 256, 512, 1024), 16_384),
     ),
     "paper": Preset(
         0.5,
@@ -76,19 +111,26 @@ PRESETS = {
             {
                 "tokens": [512, 1],
                 "top_k": [32, 64],
-                "implementation": IMPLEMENTATIONS,
+                "implementation": _ON_CPU,
                 "threads": ["one", "all"],
                 **_ONE_NORM,
             },
             {
                 "tokens": [512, 1],
                 "top_k": [32, 64],
-                "implementation": IMPLEMENTATIONS,
+                "implementation": _ON_CPU,
                 "threads": ["one", "all"],
                 "pass_name": ["forward+backward"],
                 "sparse_grad": [False, True],
                 **_ONE_NORM,
             },
+        ],
+        gpu=[
+            {**_GPU, "tokens": [16_384, 64, 1], "top_k": [32, 64], **_ONE_NORM}
+            | {"implementation": IMPLEMENTATIONS},
+            {**_GPU, "tokens": [16_384], "top_k": [32, 64], **_ONE_NORM}
+            | {"implementation": IMPLEMENTATIONS}
+            | {"pass_name": ["forward+backward"], "sparse_grad": [False, True]},
         ],
     ),
     "step": Preset(
@@ -122,6 +164,13 @@ PRESETS = {
                 "reads": ["uniform", "zipf"],
             },
         ],
+        gpu=[
+            {**_GPU, "tokens": [256, 1024, 4096, 16_384], "pass_name": ["step"]}
+            | {"sparse_grad": [False, True], "reads": ["uniform", "zipf"]}
+            | {"implementation": _TEXTBOOK},
+            {**_GPU, "tokens": [256, 1024, 4096, 16_384], "pass_name": ["fused-step"]}
+            | {"reads": ["uniform", "zipf"]},
+        ],
     ),
 }
 
@@ -153,7 +202,7 @@ def make_points(
     defaults: Axes = {"device": [device], "threads": ["all"]}
     named = {"one": 1, "all": all_threads}
     points: dict[Point, None] = {}
-    for grid in [{}] if preset is None else PRESETS[preset].grids:
+    for grid in [{}] if preset is None else PRESETS[preset].on(device):
         axes = {**defaults, **grid, **replaced}
         for values in itertools.product(*axes.values()):
             fields = dict(zip(axes, values, strict=True))

@@ -1,13 +1,13 @@
 """Measure the points of a sweep, each recorded as soon as it is done."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from pkm_triton.perf.measure.memory import available_bytes
 from pkm_triton.perf.measure.timing import measure_group
@@ -17,6 +17,11 @@ from pkm_triton.perf.records.points import IMPLEMENTATIONS, Point
 from pkm_triton.perf.records.sweep_row import Row, RowFile
 
 from .predict import predicted_bytes, predicted_seconds
+
+try:
+    from tqdm import tqdm
+except ModuleNotFoundError:  # on a GPU machine with torch alone: lines instead of a bar
+    tqdm = None
 
 
 @dataclass(frozen=True)
@@ -72,16 +77,38 @@ def run_sweep(
     todo = open_points(points, file, limits, seed, retry)
     threads = torch.get_num_threads()
     try:
-        with tqdm(total=len(todo), unit="point", dynamic_ncols=True) as progress:
-            for group in _groups(todo):
-                progress.set_description(group[0].label())
-                file.refresh()  # another process may have measured it meanwhile
-                if open_points(group, file, limits, seed, retry):
-                    file.add(*_measure(group, file, limits, seed))
-                progress.update(len(group))
+        progress = _progress(len(todo))
+        for group in _groups(todo):
+            progress(group[0].label(), 0)
+            file.refresh()  # another process may have measured it meanwhile
+            if open_points(group, file, limits, seed, retry):
+                file.add(*_measure(group, file, limits, seed))
+            progress(group[0].label(), len(group))
     finally:
         torch.set_num_threads(threads)
     return len(todo)
+
+
+def _progress(count: int) -> Callable[[str, int], None]:
+    """Is told what is measured and how many points are done, and shows it on stderr."""
+    if tqdm is None:
+        done = 0
+
+        def tell(label: str, points: int) -> None:
+            nonlocal done
+            done += points
+            print(f"{done}/{count} {label}", file=sys.stderr, flush=True)
+
+        return tell
+    bar = tqdm(total=count, unit="point", dynamic_ncols=True)
+
+    def show(label: str, points: int) -> None:
+        bar.set_description(label)
+        bar.update(points)
+        if bar.n >= count:
+            bar.close()
+
+    return show
 
 
 def open_points(

@@ -1,14 +1,29 @@
 import pytest
 
+from pkm_triton.perf.records.points import IMPLEMENTATIONS
 from pkm_triton.perf.sweep.presets import PAPER_SIZES, PRESETS, make_points
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_name_each_point_once_and_can_all_be_run(preset):
-    points = make_points(preset, {}, device="cpu", all_threads=2)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_presets_name_each_point_once_and_can_all_be_run(preset, device):
+    points = make_points(preset, {}, device=device, all_threads=2)
     assert len(set(points)) == len(points)
     assert not any(point.unsupported() for point in points)
     assert all(point.value_dim == point.dim for point in points)
+    assert {point.device for point in points} == {device}
+
+
+def test_the_default_follows_the_device():
+    points = make_points("default", {}, device="cuda", all_threads=8)
+    assert {point.dtype for point in points} == {"bfloat16"}
+    assert {point.dim for point in points} == {1024}
+    assert {point.tokens for point in points} == {1, 64, 16_384}
+    assert {p.num_subkeys for p in points if p.keys == "product"} >= {128, 4096}
+    assert {point.top_k for point in points} == {8, 16, 32, 64, 128}
+    assert {point.heads for point in points} == {1, 2, 4, 8}
+    assert {point.implementation for point in points} == set(IMPLEMENTATIONS)
+    assert {p.tokens for p in make_points("default", {}, device="cpu", all_threads=2)} == {512}
 
 
 def test_the_default_covers_the_papers_sizes_with_both_kinds_of_keys():

@@ -267,6 +267,7 @@ def test_predicted_memory_is_not_below_what_is_needed(file):
             {"pass_name": "forward+backward", "sparse_grad": True},
             {"pass_name": "step"},
             {"pass_name": "step", "sparse_grad": True},
+            {"pass_name": "step", "sparse_grad": True, "dtype": "bfloat16"},
             {"pass_name": "step", "sparse_grad": True, "implementation": "textbook"},
             {"pass_name": "fused-step", "sparse_grad": True},
             {"implementation": "product-key-memory", "query_norm": "layer", "top_k": 64},

@@ -1,0 +1,103 @@
+"""Which checks are done, where, and what must be there for them."""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import pkm_triton as pkm
+from pkm_triton.perf.records.files import ensure_writable
+
+from . import lookups, machinery, reads, speed, steps
+from .outcome import Check
+from .plants import plant
+from .setting import Setting
+
+BACKENDS = ("triton", "torch")
+
+
+@contextmanager
+def prepared(backend: str, planted: str | None) -> Iterator[torch.device]:
+    """The device to check on, while the backend is in force and the bug planted.
+
+    Raises:
+        ValueError: a name is unknown, or the backend cannot run here.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r} is unknown; allowed: {', '.join(BACKENDS)}")
+    device = torch.device("cpu")
+    if backend == "triton":
+        device = _device_of_kernels()
+    if planted is not None:
+        plant(planted)
+    with pkm.use_backend("triton" if backend == "triton" else "torch"), warnings.catch_warnings():
+        # NumPy's, of the NaN and infinities that the interpreter is given.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield device
+
+
+def _device_of_kernels() -> torch.device:
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if torch.version.hip is None and capability < (8, 0):
+            raise ValueError(
+                f"device: {torch.cuda.get_device_name()} has compute capability "
+                f"{capability[0]}.{capability[1]}; the kernels need 8.0 or higher. --backend torch "
+                "checks the reference"
+            )
+        _check_cache()
+        return torch.device("cuda", torch.cuda.current_device())
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return torch.device("cpu")
+    built = torch.version.cuda or torch.version.hip
+    reason = (
+        f"torch {torch.__version__} is built without CUDA"
+        if built is None
+        else f"torch {torch.__version__} finds no GPU it can use: is the driver as new as its "
+        f"toolkit, {built}? nvidia-smi tells"
+    )
+    raise ValueError(
+        f"device: no GPU ({reason}). TRITON_INTERPRET=1 pkm-perf check interprets the kernels on "
+        "the CPU, and --backend torch checks the reference"
+    )
+
+
+def _check_cache() -> None:
+    """Triton writes what it compiles; where it cannot, it fails at the first kernel."""
+    folder = os.environ.get("TRITON_CACHE_DIR")
+    path = Path(folder) if folder else Path.home() / ".triton" / "cache"
+    try:
+        ensure_writable(path)
+    except ValueError as error:
+        raise ValueError(
+            f"cache: triton cannot write its kernels in {str(path)!r}; set TRITON_CACHE_DIR to a "
+            "folder that can be written"
+        ) from error
+
+
+def make_checks(
+    device: torch.device, *, quick: bool, with_speed: bool, only: Sequence[str] | None
+) -> list[Check]:
+    """All checks for a device, numerics first.
+
+    Raises:
+        ValueError: nothing is left of them.
+    """
+    interpreted = pkm.backend() == "triton" and device.type == "cpu"
+    setting = Setting(device, device.type != "cuda", quick, interpreted)
+    modules = [lookups, reads, steps, machinery]
+    checks = [check for module in modules for check in module.checks(setting)]
+    if with_speed:
+        checks += speed.checks(setting)
+    if only:
+        checks = [
+            check
+            for check in checks
+            if any(text in f"{check.group}: {check.name}" for text in only)
+        ]
+        if not checks:
+            raise ValueError(f"only: no check's name holds {' or '.join(map(repr, only))}")
+    return checks
