@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grid import grid, second_axis
+
 
 @triton.jit(do_not_specialize=["num_slots"])
 def gather_values_kernel(
@@ -23,7 +25,7 @@ def gather_values_kernel(
 ):  # fmt: skip
     """A program owns BLOCK_V columns of one token's output, and has BLOCK_R reads in flight."""
     token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    column = second_axis() * BLOCK_V + tl.arange(0, BLOCK_V)
     out = tl.zeros([BLOCK_V], tl.float32)
     for first in tl.range(0, R, BLOCK_R):
         read = first + tl.arange(0, BLOCK_R)
@@ -46,27 +48,35 @@ FEW = {"BLOCK_R": 128, "BLOCK_V": 16, "num_warps": 8}
 MANY = {"BLOCK_R": 8, "BLOCK_V": 1024, "num_warps": 4}
 
 
-def gather_values(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+def choose_shape(num_tokens: int, reads: int, width: int) -> dict[str, int]:
+    """The constants and options of a launch, not larger than what there is."""
+    shape = dict(FEW if num_tokens <= FEW_TOKENS else MANY)
+    shape["BLOCK_R"] = min(shape["BLOCK_R"], triton.next_power_of_2(max(1, reads)))
+    shape["BLOCK_V"] = min(shape["BLOCK_V"], triton.next_power_of_2(width))
+    return shape
+
+
+def gather_values(
+    values: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """out[t] = sum over r of weights[t, r] · values[slots[t, r]], accumulated in float32.
 
     Args:
         values: [K, d_v].
         slots: [T, R], int32. One outside [0, K) reads nothing and makes its token's output NaN.
         weights: [T, R].
+        dtype: of the result; by default that of `values`.
 
     Returns:
-        [T, d_v] in the dtype of `values`.
+        [T, d_v].
     """
     num_tokens, reads = slots.shape
     num_slots, width = values.shape
-    out = values.new_empty(num_tokens, width)
+    out = values.new_empty(num_tokens, width, dtype=dtype or values.dtype)
     if out.numel() == 0:
         return out
-    shape = dict(FEW if num_tokens <= FEW_TOKENS else MANY)
-    shape["BLOCK_R"] = min(shape["BLOCK_R"], triton.next_power_of_2(max(1, reads)))
-    shape["BLOCK_V"] = min(shape["BLOCK_V"], triton.next_power_of_2(width))
-    grid = (num_tokens, triton.cdiv(width, shape["BLOCK_V"]))
-    gather_values_kernel[grid](
+    shape = choose_shape(num_tokens, reads, width)
+    gather_values_kernel[grid(num_tokens, triton.cdiv(width, shape["BLOCK_V"]))](
         values, slots, weights, out, num_slots, R=reads, D_V=width, num_stages=1,
         enable_fp_fusion=True, **shape,
     )  # fmt: skip
@@ -77,8 +87,7 @@ def gather_values_bytes(
     num_tokens: int, reads: int, width: int, values_bytes: int, weights_bytes: int
 ) -> int:
     """What `gather_values` reads and writes, each read of a row counted."""
-    shape = FEW if num_tokens <= FEW_TOKENS else MANY
-    columns = triton.cdiv(width, min(shape["BLOCK_V"], triton.next_power_of_2(width)))
+    columns = triton.cdiv(width, choose_shape(num_tokens, reads, width)["BLOCK_V"])
     rows = num_tokens * reads * width * values_bytes
     return (
         rows

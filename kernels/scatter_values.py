@@ -1,10 +1,11 @@
-"""Gradients of the gather of values: a scatter-add over the table, and sampled products.
+"""Scatter of values, the gather's adjoint, and the gradients of the gather in one pass.
 
 With S the sparse [T, K] matrix of (slots, weights), R entries a row, the gather is S · V, the
-values' gradient is Sᵀ · G and the weights' is G · Vᵀ at the places of S.
+scatter Sᵀ · X, and the sampled products X · Vᵀ at the places of S. The values' gradient is a
+scatter, the weights' a sample, of the gradient of the gather's output.
 
 Shapes: T tokens, R reads a token, K slots, M rows that were read, P stretches of the reads.
-    grad_output [T, d_v]; values [K, d_v]; slots, weights [T, R]; rows [M]; grad_rows [M, d_v]
+    slots, weights [T, R]; x, grad_output [T, d_v]; values [K, d_v]; rows [M]; row_sums [M, d_v]
 
 The reads are sorted by slot and dealt out to programs by runs of equal ones (see `runs`), so that a
 row is read once and written once.
@@ -17,45 +18,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grid import grid, second_axis
 from .runs import LATER_PART, NO_PART, count_rows, deal_out, share_of, sum_parts
-from .sampled_products import sampled_products
+from .sample_values import sample_values
 
 
 @triton.jit(do_not_specialize=["num_reads", "num_slots", "stretch"])
 def scatter_values_kernel(
     ordered_ptr,  # [T · R], the slots in order
     order_ptr,  # [T · R], int64, where each was
-    grad_output_ptr,  # [T, D_V]
+    x_ptr,  # [T, D_V]
     values_ptr,  # [K, D_V]
     weights_ptr,  # [T, R]
     ends_ptr,  # [P], int64, the number of rows up to each stretch; if COMPACT
     rows_ptr,  # [M] int64 if COMPACT, else [K] uint8, ones for the rows that were read
-    grad_rows_ptr,  # [M or K, D_V]
-    grad_weights_ptr,  # [column blocks, T, R]
+    row_sums_ptr,  # [M or K, D_V]
+    products_ptr,  # [column blocks, T, R]
     parts_ptr,  # [P, D_V] float32
-    marks_ptr,  # [P] int32: the row of which a part is first, or one of the constants above
+    marks_ptr,  # [P] int32: the row of which a part is first, or a constant of `runs`
     num_reads, num_slots, stretch,
     R: tl.constexpr, D_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
-    COMPACT: tl.constexpr, NEEDS_WEIGHTS: tl.constexpr,
+    COMPACT: tl.constexpr, NEEDS_PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_V columns of the rows whose runs, or whose part, fall to its stretch."""
     program = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    block = second_axis()
+    column = block * BLOCK_V + tl.arange(0, BLOCK_V)
     in_row = column < D_V
     # What is written once a row is written with the first columns.
-    first_columns = tl.program_id(1) == 0
+    first_columns = block == 0
     begin, end, later, part = share_of(ordered_ptr, num_reads, stretch, BLOCK)
-    if NEEDS_WEIGHTS:
-        grad_weights_ptr += tl.program_id(1).to(tl.int64) * num_reads
+    if NEEDS_PRODUCTS:
+        products_ptr += block.to(tl.int64) * num_reads
     rank = tl.cast(-1, tl.int64)
     if COMPACT:
         rank += tl.load(ends_ptr + program - 1, mask=program > 0, other=0)
     total = tl.zeros([BLOCK_V], tl.float32)
     value = tl.zeros([BLOCK_V], tl.float32)
-    # The next read's gradient is asked for before this one's is used.
+    # The next read's token is asked for before this one's is used.
     slot = tl.load(ordered_ptr + begin)
     read = tl.load(order_ptr + begin)
-    grad = tl.load(grad_output_ptr + read // R * D_V + column, mask=in_row, other=0.0)
+    x = tl.load(x_ptr + read // R * D_V + column, mask=in_row, other=0.0)
     weight = tl.load(weights_ptr + read)
     fresh = True
     inside = False
@@ -66,12 +69,12 @@ def scatter_values_kernel(
         next_read = tl.load(order_ptr + position + 1, mask=more, other=0)
         next_place = next_read // R * D_V + column
         next_mask = column < tl.where(more, D_V, 0)
-        next_grad = tl.load(grad_output_ptr + next_place, mask=next_mask, other=0.0)
+        next_x = tl.load(x_ptr + next_place, mask=next_mask, other=0.0)
         next_weight = tl.load(weights_ptr + next_read, mask=more, other=0.0)
         last = (next_slot != slot) | (position + 1 >= end)
-        grad_float = grad.to(tl.float32)
+        x_float = x.to(tl.float32)
         if fresh:
-            # A slot out of range adds to no row, and its weight's gradient is NaN.
+            # A slot out of range adds to no row, and its product is NaN.
             inside = (slot >= 0) & (slot < num_slots)
             total = tl.zeros([BLOCK_V], tl.float32)
             if COMPACT:
@@ -79,20 +82,21 @@ def scatter_values_kernel(
                 place = rank
             else:
                 place = slot.to(tl.int64)
-            if NEEDS_WEIGHTS:
+            if NEEDS_PRODUCTS:
                 row = slot.to(tl.int64) * D_V + column
                 mask = column < tl.where(inside, D_V, 0)
                 value = tl.load(values_ptr + row, mask=mask, other=0.0).to(tl.float32)
         factor = tl.broadcast_to(weight.to(tl.float32), [BLOCK_V])
-        total = tl.fma(grad_float, factor, total)
-        if NEEDS_WEIGHTS:
-            product = tl.where(inside, tl.sum(grad_float * value), float("nan"))
-            tl.store(grad_weights_ptr + read, product.to(grad_weights_ptr.dtype.element_ty))
+        total = tl.fma(x_float, factor, total)
+        if NEEDS_PRODUCTS:
+            product = tl.where(inside, tl.sum(x_float * value), float("nan"))
+            product = product.to(products_ptr.dtype.element_ty)
+            tl.store(products_ptr + read, product, mask=block * BLOCK_V < D_V)
         if last:
             whole = inside & ~(part & (position + 1 >= end))
-            row = total.to(grad_rows_ptr.dtype.element_ty)
+            row = total.to(row_sums_ptr.dtype.element_ty)
             mask = column < tl.where(whole, D_V, 0)
-            tl.store(grad_rows_ptr + place * D_V + column, row, mask=mask)
+            tl.store(row_sums_ptr + place * D_V + column, row, mask=mask)
             begins = inside & (~later | (position + 1 < end)) & first_columns
             if COMPACT:
                 tl.store(rows_ptr + place, slot.to(tl.int64), mask=begins)
@@ -108,71 +112,122 @@ def scatter_values_kernel(
         fresh = last
         slot = next_slot
         read = next_read
-        grad = next_grad
+        x = next_x
         weight = next_weight
 
 
 @triton.jit(do_not_specialize=["num_slots"])
 def clear_unread_kernel(
     read_ptr,  # [K] uint8
-    grad_values_ptr,  # [K, D_V]
+    table_ptr,  # [K, D_V]
     num_slots,
     D_V: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_V columns of ROWS rows of the table."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     unread = (row < num_slots) & (tl.load(read_ptr + row, mask=row < num_slots, other=1) == 0)
-    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
-    zero = tl.zeros([ROWS, BLOCK_V], grad_values_ptr.dtype.element_ty)
-    tl.store(grad_values_ptr + row * D_V + column, zero, mask=unread & (column < D_V))
+    column = second_axis() * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    zero = tl.zeros([ROWS, BLOCK_V], table_ptr.dtype.element_ty)
+    tl.store(table_ptr + row * D_V + column, zero, mask=unread & (column < D_V))
 
 
 def scatter(
-    grad_output: Tensor,
-    values: Tensor,
     slots: Tensor,
     weights: Tensor,
-    needs_weights: bool,
+    x: Tensor,
+    rows_like: Tensor,
+    values: Tensor | None,
     compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """rows and grad_rows if `compact`, else a flag a row and a table; and grad_weights."""
+    """rows and row_sums if `compact`, else a flag a row and a table; and the sampled products.
+
+    The sums are of the shape and dtype of rows_like [K, d_v], of which nothing else is asked for;
+    the products are made of values [K, d_v], or if None are [0].
+    """
     reads = slots.shape[1]
     num_reads = slots.numel()
-    num_slots, width = values.shape
+    num_slots, width = rows_like.shape
     ordered, order = slots.flatten().sort(stable=True)
     stretch, stretches, block_v = deal_out(num_reads, width)
     column_blocks = triton.cdiv(width, block_v)
     # 128 registers a thread hold a row's sum, its value and the next gradient without spilling.
-    row_bytes = block_v * max(grad_output.element_size(), values.element_size())
+    row_bytes = block_v * max(x.element_size(), rows_like.element_size())
     warps = 1 if row_bytes <= 2048 else row_bytes // 1024
     marks = slots.new_empty(stretches)
     if compact:
         ends = count_rows(ordered, num_slots, stretch, stretches)
         # The host has to know the number of rows, to allocate them: here it waits for the device.
         rows = ends.new_empty(stretches if ends.is_meta else int(ends[-1]))
-        grad_rows = values.new_empty(rows.shape[0], width)
+        row_sums = rows_like.new_empty(rows.shape[0], width)
     else:
         ends = order
         rows = slots.new_zeros(num_slots, dtype=torch.uint8)
-        grad_rows = values.new_empty(values.shape)
-    parts = values.new_empty(stretches, width, dtype=torch.float32)
-    if not needs_weights:
-        grad_weights = weights.new_empty(0)
+        row_sums = rows_like.new_empty(num_slots, width)
+    parts = x.new_empty(stretches, width, dtype=torch.float32)
+    if values is None:
+        products = weights.new_empty(0)
     elif column_blocks == 1:
-        grad_weights = weights.new_empty(weights.shape)
+        products = weights.new_empty(weights.shape)
     else:
-        grad_weights = weights.new_empty(column_blocks, *weights.shape, dtype=torch.float32)
-    scatter_values_kernel[(stretches, column_blocks)](
-        ordered, order, grad_output, values, weights, ends, rows, grad_rows, grad_weights, parts,
-        marks, num_reads, num_slots, stretch,
+        products = weights.new_empty(column_blocks, *weights.shape, dtype=torch.float32)
+    scatter_values_kernel[grid(stretches, column_blocks)](
+        ordered, order, x, x if values is None else values, weights, ends, rows, row_sums, products,
+        parts, marks, num_reads, num_slots, stretch,
         R=reads, D_V=width, BLOCK_V=block_v, BLOCK=64, COMPACT=compact,
-        NEEDS_WEIGHTS=needs_weights, num_warps=warps, num_stages=1, maxnreg=128,
+        NEEDS_PRODUCTS=values is not None, num_warps=warps, num_stages=1, maxnreg=128,
         enable_fp_fusion=True,
     )  # fmt: skip
-    sum_parts(parts, marks, grad_rows)
-    if needs_weights and column_blocks > 1:
-        grad_weights = grad_weights.sum(0).to(weights.dtype)
-    return rows, grad_rows, grad_weights
+    sum_parts(parts, marks, row_sums)
+    if values is not None and column_blocks > 1:
+        products = products.sum(0).to(weights.dtype)
+    return rows, row_sums, products
+
+
+def clear_unread(read: Tensor, table: Tensor) -> None:
+    """Write zeros to the rows of table [K, d_v] whose flag, read [K], is not set."""
+    num_slots, width = table.shape
+    block_v = min(triton.next_power_of_2(width), 1024)
+    clear_unread_kernel[grid(triton.cdiv(num_slots, 16), triton.cdiv(width, block_v))](
+        read, table, num_slots,
+        D_V=width, BLOCK_V=block_v, ROWS=16, num_warps=4, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def scatter_values(
+    slots: Tensor, weights: Tensor, x: Tensor, num_slots: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """table[s] = sum of weights[t, r] · x[t] over the reads of slot s; the host never waits.
+
+    Args:
+        slots: [T, R], int32. One outside [0, num_slots) adds to no row.
+        weights: [T, R].
+        x: [T, d_v].
+        num_slots: K.
+        dtype: of the result; by default that of x.
+
+    Returns:
+        [K, d_v], zero in the rows nobody read; summed in float32.
+    """
+    like = x.new_empty(1, 1, dtype=dtype).expand(num_slots, x.shape[1])
+    read, table, _ = scatter(slots, weights, x, like, None, compact=False)
+    clear_unread(read, table)
+    return table
+
+
+def scatter_values_sparse(
+    slots: Tensor, weights: Tensor, x: Tensor, num_slots: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """`scatter_values`, of the rows that were read and nothing else.
+
+    Nothing of the size of the table, and no [T · R, d_v], is formed. The host waits once, for the
+    number of rows. Arguments as above.
+
+    Returns:
+        rows [M], int64, ascending, each once; row_sums [M, d_v].
+    """
+    like = x.new_empty(1, 1, dtype=dtype).expand(num_slots, x.shape[1])
+    rows, row_sums, _ = scatter(slots, weights, x, like, None, compact=True)
+    return rows, row_sums
 
 
 def gather_values_backward(
@@ -200,16 +255,12 @@ def gather_values_backward(
     if not needs_values:
         if not needs_weights:
             return values.new_empty(0), weights.new_empty(0)
-        return values.new_empty(0), sampled_products(grad_output, values, slots, weights)
-    num_slots, width = values.shape
+        return values.new_empty(0), sample_values(values, slots, grad_output, weights.dtype)
+    table = values if needs_weights else None
     read, grad_values, grad_weights = scatter(
-        grad_output, values, slots, weights, needs_weights, compact=False
+        slots, weights, grad_output, values, table, compact=False
     )
-    block_v = min(triton.next_power_of_2(width), 1024)
-    clear_unread_kernel[(triton.cdiv(num_slots, 16), triton.cdiv(width, block_v))](
-        read, grad_values, num_slots,
-        D_V=width, BLOCK_V=block_v, ROWS=16, num_warps=4, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
+    clear_unread(read, grad_values)
     return grad_values, grad_weights
 
 
@@ -218,33 +269,33 @@ def gather_values_backward_sparse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `gather_values`, the values' for the rows that were read and nothing else.
 
-    Nothing of the size of the table, and no [T · R, d_v], is formed. The host waits once, for the
-    number of rows. Arguments as above.
+    Arguments as above.
 
     Returns:
-        rows [M], int64, ascending, each once; grad_rows [M, d_v]; grad_weights as above.
+        rows and their gradient as of `scatter_values_sparse`; grad_weights as above.
     """
-    return scatter(grad_output, values, slots, weights, needs_weights, compact=True)
+    table = values if needs_weights else None
+    return scatter(slots, weights, grad_output, values, table, compact=True)
 
 
 def shipped_configurations() -> dict[str, Callable[[], object]]:
     """A call that launches each configuration, by name; for reports, on tensors without data."""
 
-    def call(
-        dtype: torch.dtype, width: int, compact: bool, needs_weights: bool
-    ) -> Callable[[], object]:
-        grad_output = torch.empty(4096, width, dtype=dtype, device="meta")
-        values = torch.empty(1 << 18, width, dtype=dtype, device="meta")
-        slots = torch.empty(4096, 128, dtype=torch.int32, device="meta")
-        weights = torch.empty(4096, 128, device="meta")
-        inputs = grad_output, values, slots, weights
-        if compact:
-            return lambda: gather_values_backward_sparse(*inputs, needs_weights)
-        return lambda: gather_values_backward(*inputs, True, needs_weights)
+    def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return (
+            torch.empty(4096, 1024, dtype=dtype, device="meta"),
+            torch.empty(1 << 18, 1024, dtype=dtype, device="meta"),
+            torch.empty(4096, 128, dtype=torch.int32, device="meta"),
+            torch.empty(4096, 128, device="meta"),
+        )
 
+    half, single = inputs(torch.bfloat16), inputs(torch.float32)
+    x, values, slots, weights = half
     return {
-        "scatter sparse bfloat16 1024": call(torch.bfloat16, 1024, True, True),
-        "scatter dense bfloat16 1024": call(torch.bfloat16, 1024, False, True),
-        "scatter sparse float32 1024": call(torch.float32, 1024, True, True),
-        "scatter values alone bfloat16 1024": call(torch.bfloat16, 1024, True, False),
+        "scatter sparse bfloat16 1024": lambda: gather_values_backward_sparse(*half, True),
+        "scatter dense bfloat16 1024": lambda: gather_values_backward(*half, True, True),
+        "scatter sparse float32 1024": lambda: gather_values_backward_sparse(*single, True),
+        "scatter values alone bfloat16 1024": lambda: scatter_values_sparse(
+            slots, weights, x, values.shape[0]
+        ),
     }

@@ -11,8 +11,10 @@ MAX_TEMPORARY_ELEMENTS = 1 << 22
 MAX_WORKING_BYTES = 12 * MAX_TEMPORARY_ELEMENTS
 
 
-def token_chunks(num_tokens: int, elements_per_token: int) -> Iterator[slice]:
-    """Slices that cover `num_tokens` so that no chunk needs more than the bound above."""
-    step = max(1, MAX_TEMPORARY_ELEMENTS // max(1, elements_per_token))
+def token_chunks(
+    num_tokens: int, elements_per_token: int, most_elements: int | None = None
+) -> Iterator[slice]:
+    """Slices that cover `num_tokens`, no chunk of more elements than stated, or the bound above."""
+    step = max(1, (most_elements or MAX_TEMPORARY_ELEMENTS) // max(1, elements_per_token))
     for start in range(0, num_tokens, step):
         yield slice(start, min(start + step, num_tokens))

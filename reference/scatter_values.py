@@ -1,10 +1,12 @@
-"""Gradients of the gather of values: a scatter-add over the table, and sampled products.
+"""Scatter of values, the gather's adjoint, and the gradients of the gather in one pass.
 
 With S the sparse [T, K] matrix of (slots, weights), R entries a row, the gather is S · V, the
-values' gradient is Sᵀ · G and the weights' is G · Vᵀ at the places of S.
+scatter Sᵀ · X, and the sampled products X · Vᵀ at the places of S. The values' gradient is a
+scatter, the weights' a sample, of the gradient of the gather's output.
 
 Shapes: T tokens, R reads a token, K slots, M rows that were read.
-    grad_output [T, d_v]; values [K, d_v]; slots, weights [T, R]; rows [M]; grad_rows [M, d_v]
+    slots [T, R] int32; weights [T, R]; x, grad_output [T, d_v]; values [K, d_v];
+    rows [M] int64; row_sums [M, d_v]
 """
 
 import torch
@@ -12,71 +14,84 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunks import token_chunks
-from .gather_values import split_weights
+from .gather_values import WIDENED_ELEMENTS, accumulation_dtype
+from .sample_values import sample_values
 
 
-def _transposed_gather(
-    slots: Tensor, weights: Tensor, grad_output: Tensor, order: Tensor, offsets: Tensor
+def scatter_values(
+    slots: Tensor, weights: Tensor, x: Tensor, num_slots: int, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Sᵀ · G: the gather with tokens as the table, bag by bag of the reads sorted into `order`.
+    """table[s] = sum of weights[t, r] · x[t] over the reads of slot s, accumulated in float32.
+
+    Args:
+        slots: [T, R], int32, each in [0, num_slots).
+        weights: [T, R], any floating dtype.
+        x: [T, d_v].
+        num_slots: K.
+        dtype: of the result; by default that of x.
+
+    Returns:
+        [K, d_v], zero in the rows nobody read.
+    """
+    # One bag a slot: empty bags write their zeros in the same pass, where clearing a table and
+    # copying rows into it would go over it twice.
+    ordered, order = slots.flatten().sort(stable=True)
+    bounds = torch.arange(num_slots + 1, dtype=slots.dtype, device=slots.device)
+    offsets = torch.searchsorted(ordered, bounds)
+    return _sum_bags(slots, weights, x, order, offsets, dtype or x.dtype)
+
+
+def scatter_values_sparse(
+    slots: Tensor, weights: Tensor, x: Tensor, num_slots: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """`scatter_values`, of the rows that were read and nothing else.
+
+    Nothing of the size of the table, and no [T · R, d_v], is formed. Arguments as above.
+
+    Returns:
+        rows [M], int64, ascending, each once; row_sums [M, d_v].
+    """
+    ordered, order = slots.flatten().sort(stable=True)
+    rows, counts = torch.unique_consecutive(ordered, return_counts=True)
+    offsets = F.pad(counts.cumsum(0), (1, 0))
+    return rows.to(torch.int64), _sum_bags(slots, weights, x, order, offsets, dtype or x.dtype)
+
+
+def _sum_bags(
+    slots: Tensor,
+    weights: Tensor,
+    x: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Sᵀ · X: the gather with tokens as the table, bag by bag of the reads sorted into `order`.
 
     `offsets` [bags + 1] says where each bag begins and ends. A bag sums its reads in token order
     whatever the number of threads: the same bits every run.
     """
-    token = order.div(slots.shape[1], rounding_mode="floor").to(torch.int32)
-    parts = split_weights(weights.flatten()[order], grad_output.dtype)
+    index = torch.int32 if order.numel() < 2**31 else torch.int64
+    token = order.div(slots.shape[1], rounding_mode="floor").to(index)
+    weights = weights.flatten()[order]
+    wide = accumulation_dtype(x.dtype, dtype)
+    if not x.dtype == weights.dtype == dtype:
+        x, weights = x.to(wide), weights.to(wide)
+    if x.dtype == dtype:
+        return _bags(token, weights, x, offsets.to(index))
+    # Sums in float32 are rounded before there are many.
+    sums = x.new_empty(offsets.shape[0] - 1, x.shape[1], dtype=dtype)
+    for chunk in token_chunks(sums.shape[0], x.shape[1], WIDENED_ELEMENTS):
+        bounds = offsets[chunk.start : chunk.stop + 1]
+        begin, end = int(bounds[0]), int(bounds[-1])
+        bounds = (bounds - begin).to(index)
+        sums[chunk] = _bags(token[begin:end], weights[begin:end], x, bounds)
+    return sums
+
+
+def _bags(token: Tensor, weights: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return F.embedding_bag(
-        token.repeat_interleave(len(parts)),
-        grad_output,
-        offsets.to(torch.int32) * len(parts),
-        per_sample_weights=torch.stack(parts, dim=-1).flatten(),
-        mode="sum",
-        include_last_offset=True,
+        token, x, offsets, per_sample_weights=weights, mode="sum", include_last_offset=True
     )
-
-
-def _scatter_rows(slots: Tensor, weights: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that were read, [M] int64, ascending, each once, and their gradient [M, d_v]."""
-    ordered, order = slots.flatten().sort(stable=True)
-    rows, counts = torch.unique_consecutive(ordered, return_counts=True)
-    offsets = F.pad(counts.cumsum(0), (1, 0))
-    grad_rows = _transposed_gather(slots, weights, grad_output, order, offsets)
-    return rows.to(torch.int64), grad_rows
-
-
-def _scatter_table(slots: Tensor, weights: Tensor, grad_output: Tensor, num_slots: int) -> Tensor:
-    """The gradient as a dense [K, d_v], zero in the rows nobody read.
-
-    One bag a slot: empty bags write their zeros in the same pass, where clearing a table and
-    copying rows into it would go over it twice.
-    """
-    ordered, order = slots.flatten().sort(stable=True)
-    bounds = torch.arange(num_slots + 1, dtype=slots.dtype, device=slots.device)
-    offsets = torch.searchsorted(ordered, bounds)
-    return _transposed_gather(slots, weights, grad_output, order, offsets)
-
-
-def _sampled_products(grad_output: Tensor, values: Tensor, slots: Tensor) -> Tensor:
-    """<grad_output[t], values[slots[t, r]]>, [T, R], in float32 (float64 for float64)."""
-    num_tokens, reads = slots.shape
-    if values.dtype in (torch.float32, torch.float64):
-        # The op behind the gradient of F.embedding_bag, which has no functional form of its own
-        # (torch.sparse.sampled_addmm is as fast, and warns of its beta state on first use).
-        bags = torch.arange(num_tokens, dtype=slots.dtype, device=slots.device)
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad_output,
-            values,
-            slots.flatten(),
-            bags * reads,
-            bags.repeat_interleave(reads),
-            0,  # the mode: sum
-        ).view(num_tokens, reads)
-    # In half precision that op rounds the products' sum; here they are summed in float32.
-    products = grad_output.new_empty(num_tokens, reads, dtype=torch.float32)
-    for chunk in token_chunks(num_tokens, 4 * reads * values.shape[1]):
-        rows = values[slots[chunk]].float()
-        products[chunk] = (rows @ grad_output[chunk].float().unsqueeze(-1)).squeeze(-1)
-    return products
 
 
 def gather_values_backward(
@@ -90,7 +105,7 @@ def gather_values_backward(
     """Gradients of `gather_values`, the values' as a dense table.
 
     Args:
-        grad_output: [T, d_v], in the dtype of values.
+        grad_output: [T, d_v].
         values: [K, d_v].
         slots: [T, R], int32.
         weights: [T, R].
@@ -101,14 +116,12 @@ def gather_values_backward(
         grad_values [K, d_v] and grad_weights [T, R], in the dtypes of values and weights; [0] for
         one that is not wanted.
     """
-    return (
-        _scatter_table(slots, weights, grad_output, values.shape[0])
-        if needs_values
-        else values.new_empty(0),
-        _sampled_products(grad_output, values, slots).to(weights.dtype)
-        if needs_weights
-        else weights.new_empty(0),
-    )
+    grad_values, grad_weights = values.new_empty(0), weights.new_empty(0)
+    if needs_values:
+        grad_values = scatter_values(slots, weights, grad_output, values.shape[0], values.dtype)
+    if needs_weights:
+        grad_weights = sample_values(values, slots, grad_output, weights.dtype)
+    return grad_values, grad_weights
 
 
 def gather_values_backward_sparse(
@@ -116,12 +129,15 @@ def gather_values_backward_sparse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `gather_values`, the values' for the rows that were read and nothing else.
 
-    Nothing of the size of the table, and no [T · R, d_v], is formed. Arguments as above.
+    Arguments as above.
 
     Returns:
-        rows [M], int64, ascending, each once; grad_rows [M, d_v]; grad_weights as above.
+        rows and their gradient as of `scatter_values_sparse`; grad_weights as above.
     """
-    rows, grad_rows = _scatter_rows(slots, weights, grad_output)
-    if not needs_weights:
-        return rows, grad_rows, weights.new_empty(0)
-    return rows, grad_rows, _sampled_products(grad_output, values, slots).to(weights.dtype)
+    rows, grad_rows = scatter_values_sparse(
+        slots, weights, grad_output, values.shape[0], values.dtype
+    )
+    grad_weights = weights.new_empty(0)
+    if needs_weights:
+        grad_weights = sample_values(values, slots, grad_output, weights.dtype)
+    return rows, grad_rows, grad_weights

@@ -22,6 +22,18 @@ def gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("trd,tr->td", values.double()[slots.long()], weights.double())
 
 
+def sample(values: Tensor, slots: Tensor, x: Tensor) -> Tensor:
+    """The products of tokens with the rows they read, [T, R], in float64."""
+    return torch.einsum("trd,td->tr", values.double()[slots.long()], x.double())
+
+
+def scatter(slots: Tensor, weights: Tensor, x: Tensor, num_slots: int) -> Tensor:
+    """The sums of weighted tokens by the row they read, [K, d], in float64."""
+    parts = torch.einsum("tr,td->trd", weights.double(), x.double()).flatten(0, 1)
+    table = torch.zeros(num_slots, x.shape[1], dtype=torch.float64)
+    return table.index_add_(0, slots.long().flatten(), parts)
+
+
 def assert_selects_exactly(scores: Tensor, slots: Tensor, all_scores: Tensor) -> None:
     """`scores` are those of the best slots of `all_scores`, in order; `slots` have them, once each.
 

@@ -22,7 +22,7 @@ from pkm_triton.perf.records.files import ensure_writable, write_whole
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 FILES = (
-    "gather_values", "product_key_topk", "flat_key_topk", "scatter_values", "sampled_products",
+    "gather_values", "product_key_topk", "flat_key_topk", "scatter_values", "sample_values",
     "scatter_adam", "product_key_topk_backward", "sparse_adam",
 )  # fmt: skip
 # Registers, shared memory and warps of a multiprocessor, and its blocks (CUDA C++ Programming

@@ -70,6 +70,23 @@ def test_accurate(case, device, guard, stretch):
     assert (grad_values[untouched] == 0).all()
 
 
+@pytest.mark.parametrize(
+    "case", CASES[1:], ids=lambda c: "-".join(map(str, c)).replace("torch.", "")
+)
+def test_scatter_from_weights_alone(case, device, guard, stretch):
+    grad_output, values, slots, weights = make(case, device)
+    both, _ = kernels.gather_values_backward(grad_output, values, slots, weights, True, True)
+    table = kernels.scatter_values(slots, weights, grad_output, values.shape[0], values.dtype)
+    # The same sums as those of the gradients' pass.
+    assert torch.equal(table, both)
+    rows, sums = kernels.scatter_values_sparse(slots, weights, grad_output, values.shape[0])
+    assert sums.dtype == grad_output.dtype
+    oracle = brute_force(grad_output, values, slots, weights, torch.float64)[0]
+    plain = brute_force(grad_output, values, slots, weights, FLOAT32)[0].to(sums.dtype)
+    assert torch.equal(rows, slots.unique().long())
+    assert_close_to_oracle(sums, oracle[rows], plain[rows])
+
+
 def test_only_what_is_wanted(device, guard):
     inputs = make(CASES[2], device)
     both = kernels.gather_values_backward(*inputs, True, True)
