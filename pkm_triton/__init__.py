@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from ._backend import backend, use_backend
     from .checkpoints import load_with_memory, save_with_memory
     from .memory import FlatKeyMemory, ProductKeyMemory
-    from .ops import flat_key_topk, gather_values, product_key_topk
+    from .ops import (
+        flat_key_topk,
+        gather_values,
+        product_key_topk,
+        sample_values,
+        scatter_values,
+    )
     from .query import QueryNetwork, synchronise_batch_norm
     from .replace import replace_ffn
     from .training import param_groups, track_usage
@@ -36,7 +42,9 @@ __all__ = [
     "param_groups",
     "product_key_topk",
     "replace_ffn",
+    "sample_values",
     "save_with_memory",
+    "scatter_values",
     "synchronise_batch_norm",
     "track_usage",
     "transformer",
@@ -48,7 +56,13 @@ _MODULES = {
     "_backend": ["backend", "use_backend"],
     "checkpoints": ["load_with_memory", "save_with_memory"],
     "memory": ["FlatKeyMemory", "ProductKeyMemory"],
-    "ops": ["flat_key_topk", "gather_values", "product_key_topk"],
+    "ops": [
+        "flat_key_topk",
+        "gather_values",
+        "product_key_topk",
+        "sample_values",
+        "scatter_values",
+    ],
     "query": ["QueryNetwork", "synchronise_batch_norm"],
     "replace": ["replace_ffn"],
     "training": ["param_groups", "track_usage"],

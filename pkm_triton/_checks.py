@@ -22,9 +22,17 @@ def check_tensor(name: str, tensor: Tensor, form: str, dimensions: int, *, exact
         raise TypeError(f"{name} must be a tensor {form}, not {type(tensor).__name__}")
     if tensor.ndim != dimensions if exact else tensor.ndim < dimensions:
         raise ValueError(f"{name} must have shape {form}, not {_shape(tensor)}")
+    check_dense(name, tensor)
     if tensor.dtype not in FLOATING_DTYPES:
         allowed = ", ".join(str(dtype) for dtype in FLOATING_DTYPES)
         raise TypeError(f"{name} has dtype {tensor.dtype}, but must be one of {allowed}")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """`tensor` is neither sparse in any layout nor nested."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} has layout {layout}, but must be a dense tensor (torch.strided)")
 
 
 def check_same_device(**tensors: Tensor) -> None:
@@ -36,11 +44,12 @@ def check_same_device(**tensors: Tensor) -> None:
 
 def check_integer(name: str, value: int, minimum: int) -> int:
     """`value` is an integer, not a bool, of at least `minimum`; returned as an int."""
+    is_bool = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {value!r}") from None
-    if isinstance(value, bool) or number < minimum:
+    if is_bool or number < minimum:
         raise ValueError(f"{name} is {value}, but must be an integer of at least {minimum}")
     return number
 
@@ -89,22 +98,65 @@ def check_flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> int:
 
 def check_gather_values(values: Tensor, slots: Tensor, weights: Tensor) -> None:
     """The arguments of `gather_values`, but for the range of the slots (see `int32_slots`)."""
-    check_tensor("values", values, "[K, d_v]", 2, exact=True)
-    if values.shape[0] > MAX_SLOTS:
-        raise ValueError(f"values has {values.shape[0]} rows, but at most {MAX_SLOTS} are allowed")
+    check_table(values, "[K, d_v]")
     check_tensor("weights", weights, "[..., R]", 1, exact=False)
     check_slots(slots)
+    check_same_shape(slots, weights)
+    check_same_device(values=values, slots=slots, weights=weights)
+
+
+def check_sample_values(values: Tensor, slots: Tensor, x: Tensor) -> None:
+    """The arguments of `sample_values`, but for the range of the slots."""
+    check_table(values, "[K, d]")
+    check_slots(slots)
+    check_tensor("x", x, "[..., d]", 1, exact=False)
+    if x.shape[-1] != values.shape[1] or x.shape[:-1] != slots.shape[:-1]:
+        form = ", ".join(str(size) for size in (*slots.shape[:-1], values.shape[1]))
+        raise ValueError(
+            f"x must have shape [{form}] to go with values {_shape(values)} and slots "
+            f"{_shape(slots)}, not {_shape(x)}"
+        )
+    check_same_device(values=values, slots=slots, x=x)
+
+
+def check_scatter_values(slots: Tensor, weights: Tensor, x: Tensor, num_slots: int) -> int:
+    """The arguments of `scatter_values`, but for the range of the slots; num_slots as an int."""
+    check_slots(slots)
+    check_tensor("weights", weights, "[..., R]", 1, exact=False)
+    check_same_shape(slots, weights)
+    check_tensor("x", x, "[..., d]", 1, exact=False)
+    if x.shape[:-1] != slots.shape[:-1]:
+        form = ", ".join([*(str(size) for size in slots.shape[:-1]), "d"])
+        raise ValueError(
+            f"x must have shape [{form}] to go with slots {_shape(slots)}, not {_shape(x)}"
+        )
+    check_same_device(slots=slots, weights=weights, x=x)
+    num_slots = check_integer("num_slots", num_slots, 0)
+    if num_slots > MAX_SLOTS:
+        raise ValueError(f"num_slots is {num_slots}, but at most {MAX_SLOTS} are allowed")
+    return num_slots
+
+
+def check_table(values: Tensor, form: str) -> None:
+    """`values` is a floating table whose rows int32 can count."""
+    check_tensor("values", values, form, 2, exact=True)
+    if values.shape[0] > MAX_SLOTS:
+        raise ValueError(f"values has {values.shape[0]} rows, but at most {MAX_SLOTS} are allowed")
+
+
+def check_same_shape(slots: Tensor, weights: Tensor) -> None:
+    """`slots` and `weights` have one shape."""
     if slots.shape != weights.shape:
         raise ValueError(
             f"slots and weights must have the same shape, not {_shape(slots)} and {_shape(weights)}"
         )
-    check_same_device(values=values, slots=slots, weights=weights)
 
 
 def check_slots(slots: Tensor) -> None:
     """`slots` is an int32 or int64 tensor of at least one dimension."""
     if not isinstance(slots, Tensor):
         raise TypeError(f"slots must be a tensor [..., R], not {type(slots).__name__}")
+    check_dense("slots", slots)
     if slots.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"slots has dtype {slots.dtype}, but must be torch.int32 or torch.int64")
     if slots.ndim < 1:
@@ -137,10 +189,10 @@ def int32_slots(slots: Tensor, num_slots: int) -> Tensor:
     return slots.to(torch.int32).contiguous()
 
 
-def check_sparse_grad(sparse_grad: SparseGrad) -> SparseGrad:
+def check_sparse_grad(sparse_grad: SparseGrad, name: str = "sparse_grad") -> SparseGrad:
     """`sparse_grad` is a bool or "factored"."""
     if sparse_grad != "factored" and not isinstance(sparse_grad, bool):
-        raise ValueError(f"sparse_grad is {sparse_grad!r}, but must be True, False or 'factored'")
+        raise ValueError(f"{name} is {sparse_grad!r}, but must be True, False or 'factored'")
     return sparse_grad
 
 

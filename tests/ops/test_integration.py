@@ -38,6 +38,40 @@ def test_compile_whole_layer(kind, sparse_grad):
         torch.testing.assert_close(parameter.grad.to_dense(), expected[name], msg=name)
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_sparse_gradient_breaks_no_graph(fullgraph):
+    """Compiled without `fullgraph` either: how many rows are read depends on the data."""
+    layer = pkm.ProductKeyMemory(16, **SIZES, sparse_grad=True, query_norm="layer")
+    torch._dynamo.utils.counters.clear()
+    step = torch.compile(layer, fullgraph=fullgraph, backend="aot_eager")
+    for tokens in (9, 9, 9):
+        x = torch.randn(tokens, 16)
+        step(x).square().sum().backward()
+        compiled_grad, layer.values.grad = layer.values.grad, None
+        layer(x).square().sum().backward()
+        torch.testing.assert_close(compiled_grad.to_dense(), layer.values.grad.to_dense())
+        layer.values.grad = None
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name", ["gather", "sample", "scatter"])
+def test_compile_the_ops_on_a_table(name):
+    slots = torch.randint(0, 9, (4, 5))
+    values, weights, x = torch.randn(9, 3), torch.rand(4, 5), torch.randn(4, 3)
+    function, inputs = {
+        "gather": (lambda v, w: pkm.gather_values(v, slots, w), (values, weights)),
+        "sample": (lambda v, x: pkm.sample_values(v, slots, x), (values, x)),
+        "scatter": (lambda w, x: pkm.scatter_values(slots, w, x, 9), (weights, x)),
+    }[name]
+    grads = []
+    for run in (function, compiled(function, backend="aot_eager")):
+        args = [a.clone().requires_grad_() for a in inputs]
+        grads.append(torch.autograd.grad(run(*args).square().sum(), args))
+        torch.testing.assert_close(run(*inputs), function(*inputs))
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.slow
 def test_compile_with_a_mask():
     layer = pkm.ProductKeyMemory(16, **SIZES)

@@ -7,6 +7,7 @@ import pkm_triton as pkm
 from pkm_triton import reference
 from pkm_triton.perf.measure.memory import measure_peak
 from pkm_triton.reference.chunks import MAX_WORKING_BYTES
+from pkm_triton.reference.gather_values import WIDENED_ELEMENTS
 from pkm_triton.reference.row_update import ELEMENTS_AT_A_TIME
 
 
@@ -80,17 +81,19 @@ def test_gather_and_its_gradients_form_no_row_a_read(dtype):
     weights, grad = torch.rand(tokens, reads), torch.randn(tokens, width).to(dtype)
     indices = tokens * reads * 64  # the sorted order, and what goes with each read
     ops = torch.ops.pkm_triton
-    assert working_bytes(lambda: [ops.gather_values(values, slots, weights)]) <= indices
+    assert working_bytes(lambda: [ops.gather_values(values, slots, weights, dtype)]) <= indices
     assert indices < tokens * reads * width * values.element_size() / 10
     sparse = working_bytes(
         lambda: ops.gather_values_backward_sparse(grad, values, slots, weights, False)
     )
-    assert sparse <= indices
+    # In half precision some rows are widened at a time.
+    widened = 0 if dtype == torch.float32 else 12 * WIDENED_ELEMENTS
+    assert sparse <= indices + widened
     dense = working_bytes(
         lambda: ops.gather_values_backward(grad, values, slots, weights, True, False)
     )
-    assert dense <= indices + 32 * values.shape[0]
+    assert dense <= indices + 32 * values.shape[0] + widened
     both = working_bytes(
         lambda: ops.gather_values_backward_sparse(grad, values, slots, weights, True)
     )
-    assert both <= indices + (0 if dtype == torch.float32 else MAX_WORKING_BYTES)
+    assert both <= indices + widened

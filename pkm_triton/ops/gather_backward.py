@@ -1,0 +1,74 @@
+"""The first backward pass of the gather, in one pass: the values' gradient in each of its forms.
+
+Shapes: T tokens, R reads a token, K slots, M rows that were read.
+    grad_output [T, d_v]; values [K, d_v]; slots, weights [T, R]; rows [M]; row_sums [M, d_v]
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pkm_triton._checks import SparseGrad
+from pkm_triton.gradients import FactoredGradient, coalesced_gradient
+
+from . import table_operators
+from .registry import LIBRARY, register
+
+
+def gather_backward(
+    grad_output: Tensor,
+    reads: tuple[Tensor, Tensor, Tensor],
+    needs_values: bool,
+    needs_weights: bool,
+    sparse_grad: SparseGrad,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of values and weights; what is not needed is empty. reads: values, slots, weights.
+
+    As a function that autograd does not see.
+    """
+    values, slots, weights = reads
+    if needs_values and sparse_grad is True:
+        grad_values, grad_weights = table_operators.gather_values_backward_sparse(
+            grad_output, *reads, needs_weights
+        )
+        if not torch.compiler.is_compiling():
+            rows, grad_rows = grad_values._indices()[0], grad_values._values()
+            grad_values = coalesced_gradient(rows, grad_rows, values)
+        return grad_values, grad_weights
+    factored = needs_values and sparse_grad == "factored"
+    grad_values, grad_weights = table_operators.gather_values_backward(
+        grad_output, *reads, needs_values and not factored, needs_weights
+    )
+    if factored:
+        grad_values = FactoredGradient.of_gather(values, slots, weights, grad_output)
+    return grad_values, grad_weights
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    needs_values, _, needs_weights, _ = ctx.needs_input_grad
+    grad_values, grad_weights = gather_backward(
+        grad_output, ctx.saved_tensors, needs_values, needs_weights, True
+    )
+    return (
+        grad_values if needs_values else None,
+        None,
+        grad_weights if needs_weights else None,
+        None,
+    )
+
+
+gather_values_with_sparse_gradient = register(
+    "gather_values_with_sparse_gradient(Tensor values, Tensor slots, Tensor weights,"
+    " ScalarType dtype) -> Tensor",
+    table_operators.run_gather_values,
+    table_operators.fake_gather_values,
+)
+"""For compiled code alone, since the compiler traces no Function whose gradient is sparse."""
+torch.library.register_autograd(
+    gather_values_with_sparse_gradient.name(), _backward, setup_context=_save, lib=LIBRARY
+)

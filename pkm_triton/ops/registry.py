@@ -1,0 +1,33 @@
+"""The library of operators: `torch.compile` and `torch.export` see each as a single node.
+
+They carry schemas, devices and shapes, and nothing of derivatives: one registered with an operator
+would fail under `torch.func.grad`, and be zero under `torch.func.jvp`. Those are the business of
+the `torch.autograd.Function`s outside of them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("pkm_triton", "DEF")
+
+
+def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an operator from its schema, the function that runs it, and its shapes."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.pkm_triton, name).default
+    torch.library.register_fake(f"pkm_triton::{name}", fake, lib=LIBRARY)
+    for device in ("CPU", "CUDA", "MPS", "XPU"):
+        LIBRARY.impl(name, run, device)
+        in_full = functools.partial(_without_autocast, op, device.lower())
+        LIBRARY.impl(name, in_full, f"Autocast{device}")
+    return op
+
+
+def _without_autocast(op: Any, device: str, *args: Any) -> Any:
+    """The ops state their own precision; autocast must not lower it inside them."""
+    with torch.autocast(device, enabled=False):
+        return op(*args)
