@@ -101,7 +101,7 @@ def average_sparse_values(
             if table.requires_grad:
                 _average(table, form, group)
 
-    def hook(state: Any, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def hook(state: Any, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:  # pyright: ignore[reportPrivateImportUsage]
         # Once a pass; its end, when all gradients are there, comes in the same order on all ranks.
         if bucket.index() == 0:
             torch.autograd.Variable._execution_engine.queue_callback(average)  # pyright: ignore[reportAttributeAccessIssue]

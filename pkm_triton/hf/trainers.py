@@ -98,7 +98,8 @@ class MemoryTrainerMixin:
 
     def create_optimizer(self: Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`optim.SparseAdam` on the values, on what decays and on what does not."""
-        model = self.model if model is None else model
+        model = model if model is not None else self.model
+        assert model is not None
         args = self.args
         if args.world_size > 1:
             ignore_sparse_values(model)  # the model has not been wrapped yet
