@@ -8,6 +8,7 @@ it is read, so `distinct` is the number of different slots read in the pass.
     d_v value width, s bytes an element. Scores are 4 bytes, slots are 4 bytes.
 """
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -98,6 +99,12 @@ def copy_bandwidth(device: str, num_bytes: int = 2**30) -> float:
     source = torch.empty(num_bytes, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * num_bytes / _seconds(lambda: target.copy_(source), device)
+
+
+@functools.cache
+def copied_here(device: str) -> float:
+    """`copy_bandwidth`, measured once a process."""
+    return copy_bandwidth(device, 2**30 if device == "cuda" else 2**27)
 
 
 def product_rate(device: str, size: int = 8192) -> float:

@@ -218,6 +218,7 @@ def measure_group(
     of_wholes, of_parts = timings[: len(wholes)], iter(timings[len(wholes) :])
     return [
         _speed(point, timing)
+        | {"first_call_s": workload.first_call_s, "graph_ms": _graph_ms(point, workload, seconds)}
         | _memory(point, workload)
         | ({} if each is None else _traffic(point, each, timing) | _times(each, of_parts))
         for point, workload, each, timing in zip(points, workloads, parts, of_wholes, strict=True)
@@ -226,6 +227,7 @@ def measure_group(
 
 def _speed(point: Point, timing: Timing) -> dict[str, Any]:
     return {
+        "copy_bytes_per_s": roofline.copied_here(point.device),
         "median_ms": timing.median_ms,
         "low_ms": timing.low_ms,
         "high_ms": timing.high_ms,
@@ -235,6 +237,18 @@ def _speed(point: Point, timing: Timing) -> dict[str, Any]:
         "remark": timing.remark,
         "tokens_per_s": point.tokens / timing.median_ms * 1e3,
     }
+
+
+def _graph_ms(point: Point, workload: Workload, seconds: float) -> float:
+    """The pass replayed from a CUDA graph; NaN on a CPU, and where it cannot be captured."""
+    if point.device != "cuda" or point.pass_name != "forward":
+        return math.nan
+    try:
+        replay = workload.whole.captured()
+    except RuntimeError:
+        return math.nan
+    (timing,) = time_passes([replay], seconds=seconds / 3, device="cuda")
+    return timing.median_ms
 
 
 def _memory(point: Point, workload: Workload) -> dict[str, Any]:

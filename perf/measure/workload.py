@@ -1,5 +1,7 @@
 """The passes of a point, ready to be run: a layer, its input, and each of its three parts."""
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +134,28 @@ class Pass:
         for optimizer in self._optimizers:
             optimizer.step()
 
+    def captured(self) -> "Pass":
+        """The same pass as a CUDA graph, which runs its kernels without launching each.
+
+        Raises:
+            RuntimeError: something in it waits for the device, or cannot be captured.
+        """
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return self._inputs[0]
+
+        return Pass(replay, [], backward=False)
+
     def clear(self) -> None:
         """Forget the gradients; not part of the time."""
         for leaf in self._leaves:
@@ -168,7 +192,10 @@ class Workload:
     Attributes:
         whole: the pass whose time is the row's.
         parameter_bytes: parameters and buffers of the layer.
+        first_call_s: time of the first pass, once `warm_up` was called; NaN before.
     """
+
+    first_call_s = math.nan
 
     def __init__(self, point: Point, *, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -200,6 +227,15 @@ class Workload:
         )
         tensors = (*memory.parameters(), *memory.buffers())
         self.parameter_bytes = sum(tensor.nbytes for tensor in tensors)
+
+    def warm_up(self) -> None:
+        """Run the pass once, and remember how long that took: compiling is in no other time."""
+        started = time.perf_counter()
+        self.whole.run()
+        if self._point.device == "cuda":
+            torch.cuda.synchronize()
+        self.first_call_s = time.perf_counter() - started
+        self.whole.clear()
 
     def _read_generated(self, x: Tensor) -> Tensor:
         memory = self._memory

@@ -32,6 +32,9 @@ class Row(Point):
         samples: passes timed.
         cpu_ms: median CPU time of one pass, all threads together; on a GPU, of the launches.
         others: cores' worth of CPU time that other processes took meanwhile.
+        graph_ms: median time of a pass replayed from a CUDA graph: of its kernels alone.
+        first_call_s: time of the first pass, compiling included; in no other figure.
+        copy_bytes_per_s: what a copy on the device moved in the same run.
         remark: `busy: why` where the machine was, or the passes differ much; else empty.
         tokens_per_s: tokens / median.
         query_ms, lookup_ms, gather_ms: medians of the three parts, each timed on its own.
@@ -52,6 +55,9 @@ class Row(Point):
     samples: int = 0
     cpu_ms: float = added(2, _NAN)
     others: float = added(2, _NAN)
+    graph_ms: float = added(2, _NAN)
+    first_call_s: float = added(2, _NAN)
+    copy_bytes_per_s: float = added(2, _NAN)
     remark: str = added(2, "")
     tokens_per_s: float = _NAN
     query_ms: float = _NAN

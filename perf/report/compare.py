@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pkm_triton.perf.records.sweep_row import Row, csv_path, point_of, read_rows
 
+from .plot_style import number
 from .table import markdown
 
 
@@ -46,8 +47,8 @@ def comparison(first: Sequence[Row], second: Sequence[Row]) -> str:
     lines = [
         [
             _describe(row),
-            f"{row.median_ms:.4g}",
-            f"{other.median_ms:.4g}",
+            number(row.median_ms),
+            number(other.median_ms),
             f"{ratio:.3f}",
             f"{other.working_bytes / row.working_bytes:.3f}" if row.working_bytes else "–",
         ]

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from pkm_triton.perf.records.points import IMPLEMENTATIONS
 from pkm_triton.perf.records.sweep_row import Row
 
-from .plot_style import SERIES_STYLE, add_caption, new_figure
-from .slices import compared, describe
+from .plot_style import SERIES_STYLE, add_caption, add_legend, label_bars, new_figure
+from .slices import compared, describe, reliability
 
 
 def comparison(rows: Sequence[Row]) -> Figure | None:
@@ -37,9 +37,7 @@ def comparison(rows: Sequence[Row]) -> Figure | None:
             ]
             colour, _, _ = SERIES_STYLE[(name, "product")]
             bars = axis.barh(places, speeds, height=height, color=colour, label=name)
-            axis.bar_label(
-                bars, [f"{speed:.2f}" if speed else "" for speed in speeds], padding=2, fontsize=7
-            )
+            label_bars(axis, bars, [f"{speed:.2f}" if speed else "" for speed in speeds])
         axis.axvline(1, color="black", linewidth=0.8, zorder=0.9)
         axis.margins(x=0.08)
         axis.set_yticks(
@@ -49,14 +47,14 @@ def comparison(rows: Sequence[Row]) -> Figure | None:
         axis.grid(False, axis="y")
         axis.set_xlabel("speed relative to the textbook layer (more is faster)")
         axis.set_title(f"{count} thread{'s' * (count > 1)}", fontsize=11)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    add_legend(figure, axes)
     first = sets[0]["textbook"]
     add_caption(
         figure,
         f"Ratios of medians of interleaved rounds: {describe(first, 'top_k', 'tokens', 'reads')}. "
         f"{first.device_name}; torch {first.torch_version}, "
-        f"pkm_triton {first.pkm_triton_version}.",
+        f"pkm_triton {first.pkm_triton_version}. "
+        f"{reliability(row for found in sets for row in found.values())}",
     )
     return figure
 

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 from pkm_triton.perf.records.sweep_row import Row
 
-from .plot_style import PART_COLOURS, add_caption, new_figure
-from .slices import by_series, describe, machine, rows_along
+from .plot_style import PART_COLOURS, add_caption, new_figure, number
+from .slices import by_series, describe, machine, reliability, rows_along
 
 _TITLES = {"product": "Product keys", "flat": "Flat keys"}
 
@@ -31,8 +31,9 @@ def time_by_part(rows: Sequence[Row]) -> Figure | None:
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     add_caption(
         figure,
-        f"One layer, forward, each part timed on its own: {describe(found[0], 'num_subkeys')}. "
-        f"{machine(found[0])}. The panels differ in scale.",
+        f"One layer of pkm_triton, forward, each part timed on its own: "
+        f"{describe(found[0], 'num_subkeys')}. "
+        f"{machine(found[0])}. The panels differ in scale. {reliability(found)}",
     )
     return figure
 
@@ -48,7 +49,7 @@ def _stack(axis: Axes, series: Sequence[Row]) -> None:
         floor = [low + height for low, height in zip(floor, heights, strict=True)]
     for place, top in zip(places, floor, strict=True):
         axis.annotate(
-            f"{top:.3g}",
+            number(top),
             (place, top),
             xytext=(0, 2),
             textcoords="offset points",

@@ -1,15 +1,27 @@
 """What all pictures share: colours, labels of memory sizes, captions, saving."""
 
 import io
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    Locator,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from pkm_triton.perf.records.files import write_whole
 
@@ -25,15 +37,15 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = (
     "#6E6E6E",
 )
 SERIES_STYLE = {
-    ("pkm_triton", "product"): (BLUE, "o", "product keys"),
-    ("pkm_triton", "flat"): (ORANGE, "s", "flat keys"),
-    ("textbook", "product"): (GREEN, "^", "product keys, textbook PyTorch"),
-    ("textbook", "flat"): (PURPLE, "v", "flat keys, textbook PyTorch"),
-    ("textbook-compiled", "product"): (SKY, "<", "product keys, textbook compiled"),
-    ("textbook-compiled", "flat"): (GREY, "<", "flat keys, textbook compiled"),
-    ("textbook-tuned", "product"): (SKY, ">", "product keys, textbook compiled and tuned"),
-    ("textbook-tuned", "flat"): (GREY, ">", "flat keys, textbook compiled and tuned"),
-    ("product-key-memory", "product"): (PURPLE, "D", "product keys, package product-key-memory"),
+    ("pkm_triton", "product"): (BLUE, "o", "pkm_triton, product keys"),
+    ("pkm_triton", "flat"): (ORANGE, "s", "pkm_triton, flat keys"),
+    ("textbook", "product"): (GREEN, "^", "textbook PyTorch, product keys"),
+    ("textbook", "flat"): (PURPLE, "v", "textbook PyTorch, flat keys"),
+    ("textbook-compiled", "product"): (SKY, "<", "textbook compiled, product keys"),
+    ("textbook-compiled", "flat"): (GREY, "<", "textbook compiled, flat keys"),
+    ("textbook-tuned", "product"): (SKY, ">", "textbook compiled and tuned, product keys"),
+    ("textbook-tuned", "flat"): (GREY, ">", "textbook compiled and tuned, flat keys"),
+    ("product-key-memory", "product"): (PURPLE, "D", "package product-key-memory"),
 }
 PART_COLOURS = {"query": SKY, "lookup": ORANGE, "gather": BLUE}
 
@@ -52,6 +64,16 @@ def count_label(value: float) -> str:
     return f"{value:.3g}"
 
 
+def number(value: float) -> str:
+    """A figure with three digits, or whole where it has more, and never with an exponent."""
+    if math.isnan(value):
+        return "–"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:.{digits}f}"
+
+
 def plain_log_axis(axis: Axes, which: str, ticks: Sequence[float], labels: Sequence[str]) -> None:
     """Make an axis logarithmic with just these ticks."""
     (axis.set_xscale if which == "x" else axis.set_yscale)("log")
@@ -65,9 +87,48 @@ def plain_log_axis(axis: Axes, which: str, ticks: Sequence[float], labels: Seque
 def count_axis(axis: Axes) -> None:
     """A logarithmic y axis with labels as 2k, 5k, 10k."""
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_locator(_EnoughTicks())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: count_label(value)))
     axis.yaxis.set_minor_locator(NullLocator())
+
+
+class _EnoughTicks(Locator):
+    """At least four ticks: powers of ten, or their halves and fifths, or an even spacing."""
+
+    def __call__(self) -> Any:
+        assert self.axis is not None
+        return self.tick_values(*self.axis.get_view_interval())
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        """Ticks between the two."""
+        for subs in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+            ticks = [t for t in LogLocator(subs=subs).tick_values(vmin, vmax) if vmin <= t <= vmax]
+            if len(ticks) >= 4:
+                return ticks
+        return [t for t in MaxNLocator(5).tick_values(vmin, vmax) if vmin <= t <= vmax]
+
+
+def label_bars(axis: Axes, bars: BarContainer, labels: Sequence[str]) -> None:
+    """Write labels at the ends of bars, above whatever line runs there."""
+    for text in axis.bar_label(bars, labels, padding=2, fontsize=7):
+        text.set(path_effects=[withStroke(linewidth=2.5, foreground="white")], zorder=5)
+
+
+def add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend of all panels, which need not show the same series."""
+    found = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles=list(found.values()),
+        labels=list(found),
+        loc="outside upper center",
+        ncols=3,
+        fontsize=8,
+        frameon=False,
+    )
 
 
 def new_figure(

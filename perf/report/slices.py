@@ -14,10 +14,11 @@ Series = dict[tuple[str, str], list[Row]]
 """Rows in the order of the axis, by implementation and keys."""
 
 
-def rows_along(rows: Iterable[Row], axis: str, *, pass_name: str, least: int = 3) -> list[Row]:
+def rows_along(rows: Iterable[Row], axis: str, *, pass_name: str, least: int = 2) -> list[Row]:
     """The rows that differ in `axis`, implementation and keys alone.
 
-    Where several sets of rows would do, the one that covers most of the axis is taken.
+    Where several sets of rows would do, the one that covers most of the axis is taken (all of them:
+    `sets_along`).
 
     Args:
         rows: rows of a sweep.
@@ -28,20 +29,31 @@ def rows_along(rows: Iterable[Row], axis: str, *, pass_name: str, least: int = 3
     Returns:
         Rows of any status, or an empty list where no set covers `least` values of the axis.
     """
-    shared = [name for name in POINT_FIELDS if name not in (axis, *SERIES)]
+    found = sets_along(rows, axis, pass_name=pass_name, least=least)
+    return found[0] if found else []
+
+
+def sets_along(
+    rows: Iterable[Row], axis: str, *, pass_name: str, least: int = 2
+) -> list[list[Row]]:
+    """All sets of rows as `rows_along` has them, the one that covers most of the axis first."""
+    # Values are as wide as tokens unless they are asked to be otherwise.
+    tied = axis == "dim"
+    shared = [name for name in POINT_FIELDS if name not in (axis, *SERIES, *["value_dim"] * tied)]
     sets: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        if row.pass_name == pass_name:
+        if row.pass_name == pass_name and (not tied or row.value_dim == row.dim):
             key = (*(getattr(row, name) for name in shared), *row.circumstances)
             sets.setdefault(key, []).append(row)
 
     def coverage(found: Sequence[Row]) -> tuple[int, int]:
         return len({getattr(row, axis) for row in found if row.ok}), len(found)
 
-    best = max(sets.values(), key=coverage, default=[])
-    if coverage(best)[0] < least:
-        return []
-    return sorted(best, key=lambda row: getattr(row, axis))
+    return [
+        sorted(found, key=lambda row: getattr(row, axis))
+        for found in sorted(sets.values(), key=coverage, reverse=True)
+        if coverage(found)[0] >= least
+    ]
 
 
 def by_series(rows: Iterable[Row]) -> Series:
@@ -64,13 +76,28 @@ def compared(rows: Iterable[Row]) -> list[dict[str, Row]]:
     return [found for found in sets.values() if len(found) > 1]
 
 
+def gradient(row: Row) -> str:
+    """What kind of gradient the values get, for titles and captions."""
+    return f", {'sparse' if row.sparse_grad else 'dense'} gradients" if row.backward else ""
+
+
+def reliability(rows: Iterable[Row]) -> str:
+    """A sentence where some of these times are not to be relied on, else nothing."""
+    measured = [row for row in rows if row.ok]
+    noted = [row for row in measured if row.remark]
+    if not noted:
+        return ""
+    return f"Not to be relied on: {len(noted)} of {len(measured)} times ({noted[0].remark})."
+
+
 def describe(row: Row, *left_out: str) -> str:
     """The parameters a set of rows shares, for captions."""
     words = {
         "num_subkeys": f"|C| {row.num_subkeys}",
         "top_k": f"k {row.top_k}",
         "heads": f"{row.heads} heads",
-        "dim": f"width {row.dim}",
+        "dim": f"width {row.dim}"
+        + (f", values {row.value_dim}" if row.value_dim != row.dim else ""),
         "query_dim": f"query {row.query_dim} a head",
         "tokens": f"{row.tokens} tokens",
         "query_norm": f"{row.query_norm} norm",

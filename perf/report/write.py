@@ -1,7 +1,9 @@
 """Everything a sweep's CSV is turned into: tables and pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from pkm_triton.perf.records.files import write_whole
 from pkm_triton.perf.records.sweep_row import Row
@@ -9,16 +11,22 @@ from pkm_triton.perf.records.sweep_row import Row
 from .plot_comparison import comparison
 from .plot_memory import peak_memory
 from .plot_parts import time_by_part
-from .plot_speed import speed_against_heads, speed_against_size, speed_against_top_k
+from .plot_speed import NAMED, NUMERIC, speed_against_size, speed_along
 from .plot_step import step_against_reads
 from .plot_style import save
-from .table import comparison_table, size_table
+from .table import all_rows_table, comparison_table, size_table
 
-_TABLES = {"table": size_table, "comparison": comparison_table}
-_PICTURES = {
+_TABLES = {"table": size_table, "comparison": comparison_table, "rows": all_rows_table}
+Draw = Callable[[Sequence[Row]], Figure | None]
+
+
+def _along(axis: str) -> Draw:
+    return lambda rows: speed_along(rows, axis)
+
+
+_PICTURES: dict[str, Draw] = {
     "speed_against_size": speed_against_size,
-    "speed_against_top_k": speed_against_top_k,
-    "speed_against_heads": speed_against_heads,
+    **{f"speed_against_{axis}": _along(axis) for axis in (*NUMERIC, *NAMED)},
     "time_by_part": time_by_part,
     "peak_memory": peak_memory,
     "step_against_reads": step_against_reads,

@@ -63,8 +63,10 @@ def report(results: Results, preset: Preset, base: Trial) -> Report:
         "a fact counts if both symbols of its value have the highest logit. "
         f"{about(results, base, 'num_subkeys', 'tokens')}"
     )
-    figure = _figure(results, preset, base, caption)
-    return Report([caption, markdown(header, lines)], {"facts": figure})
+    trained = any(results.cell(_sized(base, size)) for size in preset.fact_sizes)
+    # Without a memory that was trained there is nothing to draw.
+    figures = {"facts": _figure(results, preset, base, caption)} if trained else {}
+    return Report([caption, markdown(header, lines)], figures)
 
 
 def _line(name: str, cell: Cell | None, row: TimedRow | None, facts: int) -> list[str]:
@@ -95,6 +97,8 @@ def _figure(results: Results, preset: Preset, base: Trial, caption: str) -> Figu
             }
             recall.axhline(cell.mean("recall") * 100, label=f"FFN, hidden width {width}", **style)
     plain_log_axis(recall, "x", slots, [slots_label(tick) for tick in slots])
+    for axis in (recall, speed):
+        axis.set_ylim(0, 105)
     recall.set_xlabel("memory size, slots")
     recall.set_ylabel("facts recalled, %")
     recall.set_title("Recall against memory size", fontsize=11)

@@ -189,8 +189,11 @@ def _report(file: RowFile, folder: Path) -> None:
         return
     from pkm_triton.perf.report.write import write_report
 
-    for written in write_report(file.rows, folder):
-        print(written)
+    written = write_report(file.rows, folder)
+    for path in written:
+        print(path)
+    if not any(path.suffix == ".png" for path in written):
+        print("no picture: no axis has two values, or two implementations, that were measured")
 
 
 def _plan(todo: Sequence[Point], points: Sequence[Point], limits: Limits) -> str:

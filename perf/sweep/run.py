@@ -144,8 +144,7 @@ def _measure(points: Sequence[Point], file: RowFile, limits: Limits, seed: int) 
             continue
         try:
             workload = Workload(point, seed=seed)
-            workload.whole.run()
-            workload.whole.clear()
+            workload.warm_up()
             workloads[point] = workload
         except Exception as error:
             outcomes[point] = {"status": _failure(error)}

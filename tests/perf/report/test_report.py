@@ -1,15 +1,23 @@
 import dataclasses
+import itertools
 
 import pytest
 
 from pkm_triton.perf.measure import roofline
-from pkm_triton.perf.records.points import Point
+from pkm_triton.perf.records.points import DTYPES, Point
 from pkm_triton.perf.records.sweep_row import Row
 from pkm_triton.perf.report import compare
+from pkm_triton.perf.report.plot_speed import speed_against_size
 from pkm_triton.perf.report.plot_step import crossing, reads_per_slot, step_against_reads
-from pkm_triton.perf.report.plot_style import count_label, slots_label
+from pkm_triton.perf.report.plot_style import (
+    count_axis,
+    count_label,
+    new_figure,
+    number,
+    slots_label,
+)
 from pkm_triton.perf.report.slices import by_series, compared, rows_along
-from pkm_triton.perf.report.table import comparison_table, size_table
+from pkm_triton.perf.report.table import all_rows_table, comparison_table, size_table
 from pkm_triton.perf.report.write import write_report
 
 SIZES = (128, 256, 384, 512, 768, 1024)
@@ -57,7 +65,8 @@ def test_the_size_table_has_the_rows_figures(size_rows):
     assert cells(table, "slow-down, product keys")[-1] == "32.00×"
     assert cells(table, "speed (tokens/s), flat keys") == ["40", "20", "13.3", "–", "–", "–"]
     assert cells(table, "slow-down, flat keys")[:3] == ["1.00×", "2.00×", "3.00×"]
-    assert cells(table, "query, lookup, gather (ms), product keys")[0] == "1, 7, 2"
+    assert cells(table, "query, lookup, gather (ms), product keys")[0] == "1.00, 7.00, 2.00"
+    assert cells(table, "time (ms), flat keys")[:3] == ["12,800", "25,600", "38,400"]
     assert cells(table, "paper, words/s of a whole model on GPUs, flat keys")[-1] == "1.2k"
     assert "flat keys, 262k: skipped: too slow." in table
     assert "some CPU, 2 cores, 1 thread; torch 2.13.0" in table
@@ -96,7 +105,7 @@ def test_the_comparison_table_has_ratios_of_medians():
     table = comparison_table(rows)
     assert len(table.splitlines()) == 5
     assert table.splitlines()[-1] == (
-        "| 512 | 4 | 32 | 1 | forward | – | 1 | 10 | 15 | 1.50 | 2.00 | 4.00 |"
+        "| 512 | 4 | 32 | 1 | forward | – | 1 | 10.0 | 15.0 | 1.50 | 2.00 | 4.00 |"
     )
     assert comparison_table(rows[:1]) is None
     zipf = comparison_table([dataclasses.replace(row, reads="zipf") for row in rows])
@@ -134,7 +143,7 @@ def test_counts_have_three_digits(value, label):
 
 
 def test_a_report_has_what_the_rows_suffice_for(size_rows, tmp_path):
-    assert write_report([a_row()], tmp_path) == [tmp_path / "table.md"]
+    assert write_report([a_row()], tmp_path) == [tmp_path / "table.md", tmp_path / "rows.md"]
     rows = [
         *size_rows,
         *[
@@ -148,7 +157,8 @@ def test_a_report_has_what_the_rows_suffice_for(size_rows, tmp_path):
     pictures = ("speed_against_size", "speed_against_top_k", "speed_against_heads")
     pictures += ("time_by_part", "peak_memory", "comparison")
     expected = {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")}
-    assert written == expected | {"table.md", "comparison.md"}
+    # The rows that differ in the norm differ in k, or in the number of heads, as well.
+    assert written == expected | {"table.md", "comparison.md", "rows.md"}
     for path in tmp_path.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size < 2**20
@@ -164,7 +174,9 @@ def test_implementations_of_one_memory_make_a_comparison_picture(tmp_path):
         for tokens in (1, 512)
     ]
     names = [path.name for path in write_report(rows, tmp_path)]
-    assert names == ["table.md", "comparison.md", "comparison.png", "comparison.svg"]
+    pictures = ("speed_against_tokens", "speed_against_threads", "peak_memory", "comparison")
+    expected = [f"{name}.{kind}" for name in pictures for kind in ("png", "svg")]
+    assert names == ["table.md", "comparison.md", "rows.md", *expected]
 
 
 def step_rows(ratio):
@@ -209,8 +221,122 @@ def test_compare_takes_ratios_over_common_points():
     ]
     text = compare.comparison(first, second)
     lines = text.splitlines()
-    assert lines[2].endswith("| 10 | 20 | 2.000 | 0.500 |")
-    assert lines[3].endswith("| 8 | 4 | 0.500 | 1.000 |")
+    assert lines[2].endswith("| 10.0 | 20.0 | 2.000 | 0.500 |")
+    assert lines[3].endswith("| 8.00 | 4.00 | 0.500 | 1.000 |")
     assert "2 points in both, geometric mean of B / A: 1.000; 3 rows" in lines[-1]
     with pytest.raises(ValueError, match="no point"):
         compare.comparison(first, [])
+
+
+def test_every_row_stands_in_a_table_and_every_axis_in_a_picture(tmp_path):
+    """A grid of one's own: what varies is shown, whatever it is."""
+    axes = {
+        "dtype": ("float32", "bfloat16"),
+        "top_k": (8, 32),
+        "query_dim": (64, 128),
+        "reads": ("layer", "zipf"),
+    }
+    rows = [
+        a_row(float(7 + number), **dict(zip(axes, values, strict=True)))
+        for number, values in enumerate(itertools.product(*axes.values()))
+    ]
+    rows.append(a_row(heads=1, status="oom: 3 GiB", median_ms=float("nan")))
+    names = {path.name for path in write_report(rows, tmp_path)}
+    assert {f"speed_against_{axis}.png" for axis in axes} <= names
+    table = (tmp_path / "rows.md").read_text()
+    header, _, *lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(lines) == len(rows)
+    assert header.startswith("| top k | heads | query dim | dtype | reads | ms |")
+    assert "| 8 | 4 | 64 | float32 | layer | 7.00 | 6.30 to 8.40 | – | 5 | 73.1k |" in lines[0]
+    assert lines[-1].endswith("| – | – | – | – | – | – | oom: 3 GiB |")
+    assert "num_subkeys 512" in table
+
+
+def test_a_size_table_for_each_set_of_sizes():
+    rows = [a_row(num_subkeys=size, dtype=dtype) for size in (128, 256) for dtype in DTYPES]
+    table = size_table(rows)
+    assert table.count("### Forward") == len(DTYPES)
+    for dtype in DTYPES:
+        assert f"batch norm, {dtype}." in table
+
+
+def test_dims_that_vary_take_their_values_with_them():
+    rows = [a_row(dim=dim, value_dim=dim) for dim in (64, 128)]
+    assert rows_along(rows, "dim", pass_name="forward") == rows
+    other = [a_row(dim=64, value_dim=512), a_row(dim=128, value_dim=512)]
+    assert rows_along(other, "dim", pass_name="forward") == []
+
+
+def test_times_of_a_busy_machine_are_told_in_tables_and_captions(size_rows):
+    busy = [
+        dataclasses.replace(row, remark="busy: other processes took 1.9 of 2 cores")
+        for row in size_rows[:2]
+    ]
+    rows = [*busy, *size_rows[2:]]
+    words = "Not to be relied on: 2 of 9 times (busy: other processes took 1.9 of 2 cores)."
+    assert words in size_table(rows)
+    assert "Not to be relied on" not in size_table(size_rows)
+    figure = speed_against_size(rows)
+    caption = " ".join(figure.texts[-1].get_text().split()) if figure.texts else ""
+    caption = caption or " ".join(figure.get_supxlabel().split())
+    assert "Not to be relied on: 2 of 9 times" in caption
+    assert "busy: other processes took" in all_rows_table(rows)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1710.0, "1,710"), (123.4, "123"), (33.6, "33.6"), (0.0123, "0.0123"), (0.0, "0")],
+)
+def test_figures_have_no_exponent(value, text):
+    assert number(value) == text
+
+
+@pytest.mark.parametrize("span", [(30, 40), (5, 60), (1, 1e6), (0.5, 2)])
+def test_an_axis_has_at_least_four_labels(span):
+    figure, (axis,) = new_figure(1)
+    axis.plot([1, 2], span)
+    count_axis(axis)
+    low, high = axis.get_ylim()
+    ticks = [tick for tick in axis.get_yticks() if low <= tick <= high]
+    assert 4 <= len(ticks) <= 12
+    assert figure is not None
+
+
+def gpu_row(**changes):
+    point = {"device": "cuda", "dtype": "bfloat16", "tokens": 16_384, "cpu_ms": 0.5}
+    return a_row(**{**point, "device_name": "some GPU", "roofline": 0.4, **changes})
+
+
+def test_on_a_gpu_the_launches_are_marked():
+    rows = [gpu_row(num_subkeys=size, moved_bytes=1e9) for size in (512, 1024)]
+    (speed, *_) = speed_against_size(rows).axes
+    (line,) = [each for each in speed.get_lines() if "launching" in str(each.get_label())]
+    assert line.get_ydata()[0] == pytest.approx(16_384 / 0.5e-3)
+    rows = [a_row(num_subkeys=size, cpu_ms=0.5) for size in (512, 1024)]
+    (speed, *_) = speed_against_size(rows).axes
+    assert not any("launching" in str(each.get_label()) for each in speed.get_lines())
+
+
+def test_training_has_a_row_of_panels_of_its_own(size_rows):
+    training = [
+        dataclasses.replace(row, pass_name="forward+backward", sparse_grad=True)
+        for row in size_rows
+    ]
+    titles = [axis.get_title() for axis in speed_against_size([*size_rows, *training]).axes]
+    assert titles == [
+        "Speed: forward",
+        "Slow-down: forward",
+        "Speed: forward+backward, sparse gradients",
+        "Slow-down: forward+backward, sparse gradients",
+    ]
+
+
+def test_shares_of_the_measured_copy_and_of_kernels_alone_stand_in_the_table():
+    rows = [
+        gpu_row(num_subkeys=size, moved_bytes=8e9, copy_bytes_per_s=2e12, graph_ms=9.0)
+        for size in (512, 1024)
+    ]
+    table = size_table(rows)
+    assert cells(table, "share of the measured copy, product keys") == ["40%", "40%"]
+    assert cells(table, "the kernels alone (ms), product keys") == ["9.00", "9.00"]
+    assert "first call" not in table

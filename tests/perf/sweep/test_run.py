@@ -39,6 +39,12 @@ def test_a_row_has_its_figures(file):
     assert row.parameter_bytes >= 4 * (64 * 16 + 2 * 2 * 8 * 4 + 16 * 16)
     assert row.moved_bytes > 0
     assert row.roofline != row.roofline or row.device == "cuda"
+    assert row.graph_ms != row.graph_ms or row.device == "cuda"
+    assert row.first_call_s > 0
+    assert 1e8 < row.copy_bytes_per_s < 1e13
+    assert (row.seed, row.seconds) == (0, 0.001)
+    assert row.cpu_ms >= 0
+    assert row.others >= 0
     assert row.torch_version == torch.__version__
     assert row.device_name == device_name("cpu")
 
