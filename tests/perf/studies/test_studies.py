@@ -262,8 +262,8 @@ def test_train_saves_a_model_that_loads(source, tmp_path, capsys):
     # The same command finds the training finished; another configuration is refused.
     assert main(arguments) == 0
     assert capsys.readouterr().out == printed
-    assert main([*arguments[:-1], "steps=7"]) == 2
-    assert "another configuration: steps is 5 there and 7 here" in capsys.readouterr().err
+    assert main([*arguments, "lr=0.5"]) == 2
+    assert "another configuration: lr is 0.002 there and 0.5 here" in capsys.readouterr().err
     assert main([*arguments[:-1], "memory_layers=7"]) == 2
     assert main(["train", "--preset", "huge"]) == 2
 
