@@ -1,6 +1,6 @@
 """Checks of what layers are built from: devices, dtypes, flags, lists of widths."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,32 @@ def check_flag(name: str, value: bool) -> bool:
     return value
 
 
+def check_module(name: str, module: nn.Module) -> None:
+    """`module` is a module."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name} must be a module, not {type(module).__name__}")
+
+
 def check_widths(name: str, widths: Iterable[int]) -> tuple[int, ...]:
     """`widths` is a sequence of integers of at least 1; returned as a tuple of ints."""
-    if isinstance(widths, str) or not isinstance(widths, Iterable):
-        raise TypeError(f"{name} must be a sequence of integers, such as (512,), not {widths!r}")
-    return tuple(check_integer(name, width, 1) for width in widths)
+    return tuple(check_integer(name, width, 1) for width in check_list(name, widths))
+
+
+def check_list(name: str, numbers: Iterable[int]) -> Iterable[int]:
+    """`numbers` can be gone through; what it holds is not looked at."""
+    if isinstance(numbers, str) or not isinstance(numbers, Iterable):
+        raise TypeError(f"{name} must be a sequence of integers, such as (6, 12), not {numbers!r}")
+    return numbers
+
+
+def make_module(make: Callable[[], nn.Module]) -> nn.Module:
+    """What `make_memory` makes: a module."""
+    if not callable(make):
+        raise TypeError(f"make_memory must be a function, not {type(make).__name__}")
+    made = make()
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"make_memory must return a module, not {type(made).__name__}")
+    return made
 
 
 def check_meets(x: Tensor, first: nn.Module) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ._files import read_tensors, write_tensors
+from ._layer_checks import check_module
+from ._state import EXTRA_STATE, is_plain, plain_name, savable, shared, unwrapped
 from .memory import FlatKeyMemory, ProductKeyMemory, _KeyValueMemory
 from .replace import absorbed_modules, put_memory
 
@@ -18,7 +20,6 @@ __all__ = ["load_with_memory", "read_tensors", "save_with_memory", "write_tensor
 _FORMAT = "pkm_triton model with memory"
 _VERSION = 2
 _KINDS = {kind.__name__: kind for kind in (ProductKeyMemory, FlatKeyMemory)}
-_EXTRA = "_extra_state"
 
 
 def save_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -42,11 +43,12 @@ def save_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
             sharded tensors first.
         OSError: if the file cannot be written, a full disk for example.
     """
-    model = _unwrapped(model)
+    check_module("model", model)
+    model = unwrapped(model)
     names: dict[_KeyValueMemory, list[str]] = defaultdict(list)
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, _KeyValueMemory):
-            names[layer].append(_plain(name))
+            names[layer].append(plain_name(name))
     content = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -54,8 +56,8 @@ def save_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
             {"names": each, "kind": _kind(each[0], layer), "arguments": layer.arguments()}
             for layer, each in names.items()
         ],
-        "shared": _shared(model),
-        "state": {_plain(key): _savable(key, part) for key, part in model.state_dict().items()},
+        "shared": shared(model),
+        "state": {plain_name(key): savable(key, part) for key, part in model.state_dict().items()},
     }
     write_tensors(Path(path), content)
 
@@ -77,8 +79,9 @@ def load_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> nn.Modul
             parameters which the file has apart, or is compiled in part. The model is as it was.
         OSError: if the file cannot be read.
     """
+    check_module("model", model)
     path, whole = Path(path), model
-    model = _unwrapped(model)
+    model = unwrapped(model)
     content = read_tensors(path, _FORMAT, _VERSION, plain=1)
     try:
         saved = _Saved(content)
@@ -125,7 +128,7 @@ class _Saved:
     def __init__(self, content: Mapping[str, Any]) -> None:
         self.state: dict[str, Any] = content["state"]
         for key, part in self.state.items():
-            if not isinstance(key, str) or not (_is_plain(part) or key.endswith(_EXTRA)):
+            if not isinstance(key, str) or not (is_plain(part) or key.endswith(EXTRA_STATE)):
                 raise ValueError(f"the state {key!r} is no plain tensor")
         memories = content["memories"]
         if content["version"] == 1:
@@ -149,49 +152,6 @@ def _names(names: Any) -> list[str]:
     return names
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model within what torch.compile and data parallelism put around it."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        if isinstance(model, wrappers):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
-
-
-def _plain(name: str) -> str:
-    """A name without what torch.compile adds to it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def _is_plain(part: Any) -> bool:
-    return type(part) in (Tensor, nn.Parameter) and part.layout == torch.strided
-
-
-def _savable(key: str, part: Any) -> Any:
-    if key.endswith(_EXTRA) and _is_data(part):
-        return part
-    if not _is_plain(part):
-        raise TypeError(
-            f"the state {key!r} is a {type(part).__name__}, but must be a plain tensor, or as "
-            "extra state plain data: of sharded tensors gather the full state first"
-        )
-    if part.is_meta:
-        raise TypeError(f"the state {key!r} is on the meta device, and holds nothing to save")
-    overlaps = part.numel() * part.element_size() > part.untyped_storage().nbytes()
-    return part.contiguous() if overlaps else part
-
-
-def _is_data(part: Any) -> bool:
-    if isinstance(part, dict):
-        return all(_is_data(each) for pair in part.items() for each in pair)
-    if isinstance(part, (list, tuple)):
-        return all(_is_data(each) for each in part)
-    return part is None or type(part) in (bool, int, float, str, bytes) or _is_plain(part)
-
-
 def _kind(name: str, layer: _KeyValueMemory) -> str:
     kind = type(layer).__name__
     if _KINDS.get(kind) is not type(layer):
@@ -200,14 +160,6 @@ def _kind(name: str, layer: _KeyValueMemory) -> str:
             "what they are"
         )
     return kind
-
-
-def _shared(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter that has several."""
-    names = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(_plain(name))
-    return [each for each in names.values() if len(each) > 1]
 
 
 def _found(

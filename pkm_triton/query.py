@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._checks import check_integer, check_tensor
-from ._layer_checks import check_device, check_dtype, check_meets, check_widths
+from ._layer_checks import check_device, check_dtype, check_meets, check_module, check_widths
 from .batch_norm import QueryBatchNorm, QueryLayerNorm, batch_norm
 
 QueryNorm = Literal["batch", "layer"] | None
@@ -110,6 +110,7 @@ def synchronise_batch_norm(model: nn.Module, group: dist.ProcessGroup | None = N
     Returns:
         The model.
     """
+    check_module("model", model)
     for module in model.modules():
         if isinstance(module, QueryBatchNorm):
             module.synchronised, module.group = True, group

@@ -6,13 +6,14 @@ from torch import Tensor, nn
 
 from ._checks import check_integer
 from ._ffn import candidates, check_called_as_a_map, check_widths, memory_dtype
+from ._layer_checks import check_list, check_module, make_module
 from ._padding import hand_on_padding
 from .memory import _KeyValueMemory
 
 
 def check_layers(name: str, layers: Sequence[int], num_layers: int) -> list[int]:
     """`layers` are numbers from 1 to num_layers, each once; returned in order."""
-    numbers = [check_integer(name, layer, 1) for layer in layers]
+    numbers = [check_integer(name, layer, 1) for layer in check_list(name, layers)]
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"{name} is {list(layers)}, but a layer may be named only once")
     for number in numbers:
@@ -59,11 +60,14 @@ def replace_ffn(
         of the model), and is in the model's training mode.
 
     Raises:
-        TypeError: if a layer number is no integer, or make_memory returns no module.
+        TypeError: if an argument is of another type, or make_memory returns no module.
         ValueError: if a layer does not exist or is named twice, if there is no such list of
             layers, or more than one, if the layer does not use its FFN as y = f(x), or a memory has
             other widths than what it replaces. The model is as it was then.
     """
+    check_module("model", model)
+    if not isinstance(ffn, str):
+        raise TypeError(f"ffn must be a name, not {ffn!r}")
     path, found = _find_layers(model, ffn)
     numbers = check_layers("layers", layers, len(found))
     places = []
@@ -74,12 +78,7 @@ def replace_ffn(
         if not isinstance(found[number - 1], _TORCH_LAYERS):
             check_called_as_a_map(found[number - 1], name)
         places.append(".".join(filter(None, (path, str(number - 1), name))))
-    memories = []
-    for _ in places:
-        memory = make_memory()
-        if not isinstance(memory, nn.Module):
-            raise TypeError(f"make_memory must return a module, not {type(memory).__name__}")
-        memories.append(memory)
+    memories = [make_module(make_memory) for _ in places]
     for number, memory in zip(numbers, memories, strict=True):
         if isinstance(memory, _KeyValueMemory):
             _check_fits(found[number - 1], ffn, memory)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import check_integer
+from ._layer_checks import check_device, check_dtype, check_flag, make_module
 from .checkpoints import load_with_memory, save_with_memory
-from .memory import ProductKeyMemory
+from .memory import ProductKeyMemory, _KeyValueMemory
 from .replace import check_layers, replace_ffn
 
 __all__ = ["Transformer", "load_with_memory", "memory_layers", "replace_ffn", "save_with_memory"]
@@ -131,9 +132,9 @@ class Transformer(nn.Module):
             interleaved one or None.
 
     Raises:
-        TypeError: if a size is no integer.
-        ValueError: if a size is out of range, dim no multiple of heads, norm unknown, or a memory
-            layer does not exist.
+        TypeError: if an argument is of another type, or make_memory makes no module.
+        ValueError: if a size is out of range, dim no multiple of heads, norm unknown, there is no
+            such device, a memory layer does not exist, or a memory has other widths.
     """
 
     def __init__(
@@ -163,8 +164,11 @@ class Transformer(nn.Module):
             raise ValueError(f"dim is {dim}, but must be a multiple of the {heads} heads")
         if norm not in ("pre", "post"):
             raise ValueError(f"norm is {norm!r}, but must be 'pre' or 'post'")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}, but must lie in [0, 1)")
+        check_flag("interleave", interleave)
+        check_dtype(dtype)
+        check_device(device)
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout!r}, but must lie in [0, 1)")
         chosen = check_layers("memory_layers", memory_layers, num_layers)
         make = (lambda: ProductKeyMemory(dim)) if make_memory is None else make_memory
         with nullcontext() if device is None else torch.device(device):
@@ -174,7 +178,7 @@ class Transformer(nn.Module):
             self.dropout = nn.Dropout(dropout)
             self.layers = nn.ModuleList()
             for number in range(1, num_layers + 1):
-                memory = make() if number in chosen else None
+                memory = self._memory(make) if number in chosen else None
                 replaced = memory is not None and not interleave
                 ffn = memory if replaced else _ffn(dim, hidden)
                 assert ffn is not None
@@ -186,18 +190,33 @@ class Transformer(nn.Module):
             nn.init.normal_(embedding.weight, std=dim**-0.5)
         self.to(device=device, dtype=dtype)
 
+    def _memory(self, make: Callable[[], nn.Module]) -> nn.Module:
+        memory = make_module(make)
+        if isinstance(memory, _KeyValueMemory):
+            widths = (memory.dim, memory.value_dim)
+            if widths != (self.dim, self.dim):
+                raise ValueError(
+                    f"make_memory makes a memory from width {widths[0]} to {widths[1]}, but both "
+                    f"must be dim, {self.dim}"
+                )
+        return memory
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the next token at every position.
 
         Args:
-            tokens: [B, T], int64, T <= context.
+            tokens: [B, T], int64 or int32, T <= context.
 
         Returns:
             [B, T, vocab_size].
 
         Raises:
+            TypeError: if tokens is no integer tensor.
             ValueError: if the shape does not fit.
         """
+        if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
+            kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise TypeError(f"tokens must be a tensor of torch.int64 or torch.int32, not {kind}")
         if tokens.ndim != 2 or tokens.shape[1] > self.context:
             raise ValueError(
                 f"tokens must have shape [B, T] with T at most {self.context}, the context, not "

@@ -22,6 +22,11 @@ for masked in (False, True):
     (query * data["grad"][rows]).sum().backward()
 network(data["x"][:0])
 network(data["x"][:0] if rank else data["x"])
+groups = [dist.new_group([each]) for each in range(2)]
+alone, plain = (pkm.QueryNetwork(5, 2, 4) for _ in range(2))
+plain.load_state_dict(alone.state_dict())
+pkm.synchronise_batch_norm(alone, groups[rank])
+torch.testing.assert_close(alone(data["x"][rows]), plain(data["x"][rows]))
 grads = {name: p.grad for name, p in network.named_parameters()}
 torch.save({"x": x.grad, "query": query.detach(), "grads": grads,
             "state": network.state_dict()}, f"{folder}/{rank}.pt")

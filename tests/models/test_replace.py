@@ -136,6 +136,25 @@ def test_bad_arguments_leave_the_model_alone(make_model, layers, ffn, message):
     assert dict(model.named_modules()) == before
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": 5}, "model must be a module, not int"),
+        ({"layers": 1}, "layers must be a sequence of integers, such as .*, not 1"),
+        ({"layers": [1.5]}, "layers must be an integer, not 1.5"),
+        ({"ffn": 3}, "ffn must be a name, not 3"),
+        ({"make_memory": 3}, "make_memory must be a function, not int"),
+    ],
+)
+def test_arguments_of_another_type(change, message):
+    model = Transformer(11, 32, 3, 2, 8)
+    before = dict(model.named_modules())
+    given = {"model": model, "layers": [1], "make_memory": make_memory, "ffn": "ffn", **change}
+    with pytest.raises(TypeError, match=message):
+        replace_ffn(**given)
+    assert dict(model.named_modules()) == before
+
+
 def test_make_memory_must_make_modules():
     model = Transformer(11, 32, 3, 2, 8)
     with pytest.raises(TypeError, match="make_memory must return a module, not NoneType"):

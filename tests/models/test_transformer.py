@@ -149,3 +149,31 @@ def test_bad_calls():
             model(torch.zeros(shape, dtype=torch.int64))
     with pytest.raises(ValueError, match="n is 4, but 3 layers hold at most 3"):
         memory_layers(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"interleave": "yes"}, TypeError, "interleave is 'yes', but must be True or False"),
+        ({"dropout": "x"}, ValueError, "dropout is 'x', but must lie in"),
+        ({"dtype": torch.int8}, TypeError, "dtype is torch.int8"),
+        ({"device": "moon"}, ValueError, "device is 'moon'"),
+        ({"memory_layers": 1}, TypeError, "memory_layers must be a sequence of integers"),
+        ({"make_memory": 5}, TypeError, "make_memory must be a function, not int"),
+        ({"make_memory": lambda: None}, TypeError, "make_memory must return a module"),
+        (
+            {"make_memory": lambda: pkm.ProductKeyMemory(16, num_subkeys=4, top_k=2, query_dim=4)},
+            ValueError,
+            "a memory from width 16 to 16, but both must be dim, 32",
+        ),
+    ],
+)
+def test_arguments_of_another_type(change, error, message):
+    with pytest.raises(error, match=message):
+        Transformer(11, 32, 3, 2, 8, **{"memory_layers": [1], **change})
+
+
+@pytest.mark.parametrize("tokens", [torch.zeros(1, 4), [[1]]], ids=["floats", "list"])
+def test_tokens_of_another_type(tokens):
+    with pytest.raises(TypeError, match=r"tokens must be a tensor of torch.int64 or torch.int32"):
+        Transformer(11, 32, 3, 2, 8)(tokens)
