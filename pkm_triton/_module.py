@@ -32,12 +32,13 @@ class HostedModule(nn.Module):
         super().__setattr__(name, value)
 
     @abstractmethod
-    def _initialise(self, missing: set[Tensor]) -> None:
-        """Initialise those parameters and buffers anew."""
+    def _initialise(self, loaded: set[Tensor]) -> None:
+        """Initialise all but what was loaded; `nn.init` leaves that alone here."""
 
     # transformers builds models on the meta device, and marks what a checkpoint held. It goes
-    # through the modules then, and what has no mark it leaves to `_init_weights` of the model,
-    # which does not know this class; afterwards it marks the module.
+    # through the modules then, with `nn.init` guarded so that marked tensors stay, and what has no
+    # mark it leaves to `_init_weights` of the model, which does not know this class; afterwards it
+    # marks the module.
 
     @property
     def _is_hf_initialized(self) -> bool:
@@ -47,5 +48,7 @@ class HostedModule(nn.Module):
     def _is_hf_initialized(self, value: bool) -> None:
         if value and not self._is_hf_initialized:
             tensors = {*self.parameters(), *self.buffers()}
-            self._initialise({t for t in tensors if not getattr(t, "_is_hf_initialized", False)})
+            loaded = {t for t in tensors if getattr(t, "_is_hf_initialized", False)}
+            if loaded != tensors:
+                self._initialise(loaded)
         self.__dict__["_initialised"] = value

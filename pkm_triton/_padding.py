@@ -11,16 +11,17 @@ _NAMES = ("attention_mask", "key_padding_mask")
 
 
 class _HandOn:
-    """A hook of an attention module: shows the mask that module is given to a memory.
+    """A hook of an attention module: shows the mask that is given to it to the layer's memories.
 
     It is the attention that is hooked, not the layer around it, because checkpointing runs the
-    attention again but not the hooks of the layer.
+    attention again but not the hooks of the layer. The memories are looked for each time, because
+    adapters put copies of them in their places.
     """
 
-    def __init__(self, memory: Any, name: str, position: int) -> None:
-        self.memory, self.name, self.position = memory, name, position
+    def __init__(self, layer: nn.Module, name: str, position: int) -> None:
+        self.layer, self.name, self.position = layer, name, position
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get(self.name)
         if mask is None and len(args) > self.position:
             mask = args[self.position]
@@ -28,9 +29,12 @@ class _HandOn:
             mask, Tensor
         ):  # torch's own: True or -inf
             mask = ~mask if mask.dtype == torch.bool else mask == 0
-            if mask.ndim == 2 and not getattr(module, "batch_first", True):
+            if mask.ndim == 2 and not getattr(attention, "batch_first", True):
                 mask = mask.transpose(0, 1)
-        self.memory.layer_mask = mask
+        module: Any
+        for module in self.layer.modules():
+            if hasattr(module, "layer_mask"):
+                module.layer_mask = mask
 
 
 def hand_on_padding(model: nn.Module, place: str, memory: nn.Module) -> None:
@@ -47,18 +51,10 @@ def hand_on_padding(model: nn.Module, place: str, memory: nn.Module) -> None:
             names = list(inspect.signature(module.forward).parameters)
             for name in _NAMES:
                 if name in names:
-                    _forget(module, set(layer.modules()))
-                    hook = _HandOn(memory, name, names.index(name))
-                    module.register_forward_pre_hook(hook, with_kwargs=True)
+                    if not any(isinstance(h, _HandOn) for h in module._forward_pre_hooks.values()):
+                        hook = _HandOn(layer, name, names.index(name))
+                        module.register_forward_pre_hook(hook, with_kwargs=True)
                     return
-
-
-def _forget(module: nn.Module, present: set[nn.Module]) -> None:
-    """Remove what was hooked for memories that are no longer there."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, _HandOn) and hook.memory not in present:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def real_tokens(mask: Any, tokens: torch.Size) -> Tensor | None:

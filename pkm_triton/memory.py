@@ -75,18 +75,16 @@ class _KeyValueMemory(HostedModule, ABC):
     @abstractmethod
     def _topk(self, query: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def _reset_memory(self, missing: set[Tensor] | None = None) -> None:
+    def _reset_memory(self) -> None:
         keys = getattr(self, self.keys_name)
-        if missing is None or keys in missing:
-            bound = keys.shape[-1] ** -0.5
-            nn.init.uniform_(keys, -bound, bound)
-        if missing is None or self.values in missing:
-            nn.init.normal_(self.values, std=self.value_dim**-0.5)
+        bound = keys.shape[-1] ** -0.5
+        nn.init.uniform_(keys, -bound, bound)
+        nn.init.normal_(self.values, std=self.value_dim**-0.5)
 
-    def _initialise(self, missing: set[Tensor]) -> None:
-        if missing.issuperset((*self.query_net.parameters(), *self.query_net.buffers())):
+    def _initialise(self, loaded: set[Tensor]) -> None:
+        if loaded.isdisjoint((*self.query_net.parameters(), *self.query_net.buffers())):
             self.query_net.reset_parameters()
-        self._reset_memory(missing)
+        self._reset_memory()
 
     def reset_parameters(self) -> None:
         """Initialise all parameters anew.

@@ -22,11 +22,6 @@ for masked in (False, True):
     (query * data["grad"][rows]).sum().backward()
 network(data["x"][:0])
 network(data["x"][:0] if rank else data["x"])
-groups = [dist.new_group([each]) for each in range(2)]
-alone, plain = (pkm.QueryNetwork(5, 2, 4) for _ in range(2))
-plain.load_state_dict(alone.state_dict())
-pkm.synchronise_batch_norm(alone, groups[rank])
-torch.testing.assert_close(alone(data["x"][rows]), plain(data["x"][rows]))
 grads = {name: p.grad for name, p in network.named_parameters()}
 torch.save({"x": x.grad, "query": query.detach(), "grads": grads,
             "state": network.state_dict()}, f"{folder}/{rank}.pt")
@@ -57,6 +52,16 @@ def test_two_ranks_give_the_one_rank_result(tmp_path):
     for name, tensor in network.state_dict().items():
         torch.testing.assert_close(first["state"][name], tensor, msg=name)
         torch.testing.assert_close(second["state"][name], tensor, msg=name)
+
+
+def test_only_ranks_of_its_group_are_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: asked.append(group) or 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda _, group=None: asked.append(group))
+    network = pkm.synchronise_batch_norm(pkm.QueryNetwork(5, 2, 4), "these")
+    network(torch.randn(6, 5)).square().sum().backward()
+    assert asked == ["these"] * 5
 
 
 def test_alone_it_is_batch_norm_over_the_same_tensors():

@@ -139,12 +139,27 @@ def test_copies_hand_on_to_their_own_memory():
         assert memory.layer_mask is None
 
 
-def test_replacing_a_memory_forgets_the_old_one():
-    model = llama()
-    pkm.replace_ffn(model, [2], make_memory)
+def test_a_memory_that_is_replaced_again():
+    model, _ = prepared(llama, "sdpa")
     (memory,) = pkm.replace_ffn(model, [2], make_memory)
-    hooks = model.model.layers[1].self_attn._forward_pre_hooks.values()
-    assert [hook.memory for hook in hooks] == [memory]
+    assert len(model.model.layers[1].self_attn._forward_pre_hooks) == 1
+    with pkm.track_usage(memory) as usages:
+        outputs(model, torch.randint(3, 64, MASK.shape), MASK)
+    assert usages[""].weight_sums.sum() == pytest.approx(2 * 11)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+def test_copies_that_adapters_put_in_the_place_of_a_memory():
+    peft = pytest.importorskip("peft")
+    model, _ = prepared(llama, "sdpa")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["layers.1.mlp"])
+    adapted = peft.get_peft_model(model, config)
+    trained = [n for n, p in adapted.named_parameters() if p.requires_grad and "values" in n]
+    assert len(trained) == 1
+    with pkm.track_usage(adapted) as usages:
+        outputs(adapted, torch.randint(3, 64, MASK.shape), MASK)
+    counted = [round(u.weight_sums.sum().item(), 3) for u in usages.values()]
+    assert sorted(counted) == [0, 22, 22]  # the original is out of use
 
 
 def test_generation_with_a_cache():

@@ -118,7 +118,7 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     ),
     (
         "pkm_triton/memory.py",
-        "if missing is None or self.values in missing:",
+        "if loaded.isdisjoint((*self.query_net.parameters(), *self.query_net.buffers())):",
         "if True:",
         [HOSTED],
     ),

@@ -1,0 +1,51 @@
+"""Every example runs, in tiny form, and is short."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+ARGUMENTS = {
+    "accelerate_loop.py": ("accelerate", ["--steps", "8"]),
+    "export_model.py": ("torch", ["--output", "model.pt2"]),
+    "finetune_llama.py": ("accelerate", ["--steps", "3", "--output", "finetuned"]),
+    "lightning_module.py": ("lightning", ["--steps", "8"]),
+    "lora_beside_memories.py": ("peft", ["--steps", "3", "--output", "adapter"]),
+}
+
+
+def test_there_is_a_run_of_each_and_each_is_short():
+    found = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert set(found) == set(ARGUMENTS)
+    assert max(found.values()) <= 80
+
+
+def run(name, arguments, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # they are of what the examples show together
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_runs(name, tmp_path, monkeypatch, capsys):
+    needed, arguments = ARGUMENTS[name]
+    pytest.importorskip(needed)
+    if name not in ("accelerate_loop.py", "export_model.py"):
+        pytest.importorskip("transformers")
+    run(name, arguments, tmp_path, monkeypatch)
+    told = capsys.readouterr().out
+    assert re.search(r"loss \d|gives what the model gives", told)
+    if found := re.search(r"loss ([\d.]+) to ([\d.]+)", told):
+        assert float(found[2]) < float(found[1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_ahead_of_time(tmp_path, monkeypatch, capsys):
+    run("export_model.py", ["--output", "model.pt2", "--compile"], tmp_path, monkeypatch)
+    assert "gives what the model gives" in capsys.readouterr().out
