@@ -145,6 +145,8 @@ def test_one_row_becomes_the_bias_and_is_not_counted(mask):
         assert torch.equal(tensor, before[name]), name
 
 
+# Of torch, where it traces a Function.
+@pytest.mark.filterwarnings(r"ignore:::torch\.(_inductor|jit|_dynamo)")
 def test_compiled_whole_it_trains_as_eager():
     layer = pkm.ProductKeyMemory(16, **SIZES)
     twin = copy.deepcopy(layer)

@@ -207,6 +207,8 @@ def test_under_a_default_device():
     assert usages[""].kl().device.type == "cpu"
 
 
+# Of torch, where it traces a Function.
+@pytest.mark.filterwarnings(r"ignore:::torch\.(_inductor|jit|_dynamo)")
 def test_compiled_whole():
     layer = small()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)

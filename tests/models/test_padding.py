@@ -113,6 +113,8 @@ def test_torchs_own_layers(batch_first, kind):
     torch.testing.assert_close(*results)
 
 
+# Of torch, where it traces a Function.
+@pytest.mark.filterwarnings(r"ignore:::torch\.(_inductor|jit|_dynamo)")
 def test_compiled_whole():
     model, memories = prepared(llama, "sdpa")
     twin = copy.deepcopy(model)
