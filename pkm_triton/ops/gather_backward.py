@@ -13,7 +13,7 @@ from pkm_triton._checks import SparseGrad
 from pkm_triton.gradients import FactoredGradient, coalesced_gradient
 
 from . import table_operators
-from .registry import LIBRARY, register
+from .registry import LIBRARY, is_defined, register
 
 
 def gather_backward(
@@ -62,6 +62,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+_DEFINED = is_defined("gather_values_with_sparse_gradient")
 gather_values_with_sparse_gradient = register(
     "gather_values_with_sparse_gradient(Tensor values, Tensor slots, Tensor weights,"
     " ScalarType dtype) -> Tensor",
@@ -69,6 +70,7 @@ gather_values_with_sparse_gradient = register(
     table_operators.fake_gather_values,
 )
 """For compiled code alone, since the compiler traces no Function whose gradient is sparse."""
-torch.library.register_autograd(
-    gather_values_with_sparse_gradient.name(), _backward, setup_context=_save, lib=LIBRARY
-)
+if not _DEFINED:
+    torch.library.register_autograd(
+        gather_values_with_sparse_gradient.name(), _backward, setup_context=_save, lib=LIBRARY
+    )

@@ -11,19 +11,34 @@ from typing import Any
 
 import torch
 
-LIBRARY = torch.library.Library("pkm_triton", "DEF")
+
+def _library() -> torch.library.Library:
+    """The library, made once in a process: this module may be imported again, or reloaded."""
+    namespace: Any = torch.ops.pkm_triton
+    if "library" not in vars(namespace):
+        namespace.library = torch.library.Library("pkm_triton", "DEF")
+    return namespace.library
+
+
+LIBRARY = _library()
+
+
+def is_defined(name: str) -> bool:
+    """Whether an earlier import of this package defined that operator."""
+    return hasattr(torch.ops.pkm_triton, name)
 
 
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define an operator from its schema, the function that runs it, and its shapes."""
     name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if not is_defined(name):
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.pkm_triton, name).default
-    torch.library.register_fake(f"pkm_triton::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"pkm_triton::{name}", fake, lib=LIBRARY, allow_override=True)
     for device in ("CPU", "CUDA", "MPS", "XPU"):
-        LIBRARY.impl(name, run, device)
+        LIBRARY.impl(name, run, device, allow_override=True)
         in_full = functools.partial(_without_autocast, op, device.lower())
-        LIBRARY.impl(name, in_full, f"Autocast{device}")
+        LIBRARY.impl(name, in_full, f"Autocast{device}", allow_override=True)
     return op
 
 

@@ -113,7 +113,8 @@ def test_what_a_checkpoint_has_is_kept_and_what_it_lacks_is_made(tmp_path):
             super().__init__(config)
             pkm.replace_ffn(self, [2], lambda: pkm.ProductKeyMemory(32, **SIZES))
 
-    model = WithMemory(config)
+    model = WithMemory(config).train()
+    model(input_ids=torch.randint(0, 64, (2, 8)))  # moves the batch statistics
     model.save_pretrained(tmp_path / "whole")
     state = model.state_dict()
     loaded = WithMemory.from_pretrained(tmp_path / "whole").state_dict()

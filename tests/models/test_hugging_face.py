@@ -72,6 +72,17 @@ def test_every_way_of_loading_brings_the_bits_back(make_model, share_values, tmp
         assert getattr(loaded, "hf_quantizer", None) is None
 
 
+def test_a_shared_table_stays_one_where_moving_a_module_makes_new_parameters():
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model = llama().to(torch.bfloat16)
+        first, second = pkm.hf.add_memories(model, [1, 2], share_values=True, **SIZES)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert first.values is second.values
+    assert first.values.dtype == torch.bfloat16
+
+
 def test_sharded_files_and_a_second_round(tmp_path):
     model = trained(llama, share_values=True)
     model.save_pretrained(tmp_path / "one", max_shard_size="20KB")
