@@ -5,6 +5,9 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections import deque
+from contextlib import suppress
+from contextvars import ContextVar
 from types import ModuleType, TracebackType
 from typing import Literal, get_args
 
@@ -26,18 +29,31 @@ def _checked(name: str, source: str) -> Backend:
     raise ValueError(f"{source} is {name!r}, but must be one of {', '.join(_BACKENDS)}")
 
 
-# A plain global, not a thread's or a context's: autograd runs backward passes in other threads,
-# and those must follow the same choice.
-_current: Backend = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+_start: Backend = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+# The choices made for good, the last in force, among them for a moment those of blocks that are
+# about to be entered; and the blocks that are open in this context.
+_for_good: "deque[use_backend]" = deque(maxlen=64)
+_open: "ContextVar[tuple[use_backend, ...]]" = ContextVar("_open", default=())
 
 
 def backend() -> Backend:
     """The backend in force: "auto" (Triton for GPU tensors, else torch), "triton" or "torch"."""
-    return _current
+    blocks = _open.get()
+    in_backward = torch._C._current_graph_task_id() != -1
+    if not blocks and in_backward and torch._C._is_key_in_tls("context"):
+        # Perhaps in a thread of autograd's, to which torch hands the context of the caller.
+        blocks = torch._C._get_obj_in_tls("context").get(_open, ())
+    if blocks:
+        return blocks[-1].name
+    return _for_good[-1].name if _for_good else _start
 
 
 class use_backend:
     """Choose the backend from here on, or inside a `with` block.
+
+    A call alone chooses for the whole process, in every thread. A `with` block chooses for its own
+    thread (or task), and for the backward passes that are called in it, whatever thread of
+    autograd's they run in; blocks may be nested, entered again, and left in any order.
 
     Args:
         name: "auto" runs the Triton kernels on GPU tensors and the PyTorch reference on others;
@@ -50,12 +66,13 @@ class use_backend:
     """
 
     def __init__(self, name: Backend) -> None:
-        global _current
-        chosen = _checked(name, "backend")
-        self._previous: Backend = _current
-        _current = chosen
+        self.name: Backend = _checked(name, "backend")
+        _for_good.append(self)
 
     def __enter__(self) -> "use_backend":
+        with suppress(ValueError):  # entered before
+            _for_good.remove(self)
+        _open.set((*_open.get(), self))
         return self
 
     def __exit__(
@@ -64,8 +81,11 @@ class use_backend:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        global _current
-        _current = self._previous
+        # Its own entry, wherever it is: a generator may be closed after blocks opened since.
+        blocks = list(_open.get())[::-1]
+        with suppress(ValueError):  # closed in another context than it was opened in
+            blocks.remove(self)
+        _open.set(tuple(blocks[::-1]))
 
 
 @functools.cache
@@ -121,11 +141,12 @@ def implementation(*tensors: Tensor) -> ModuleType | OnDevice:
         RuntimeError: if "triton" was asked for and cannot run.
         TypeError: if "triton" was asked for and a tensor is float64.
     """
-    if _current != "triton" and not tensors[0].is_cuda:
+    current = backend()
+    if current != "triton" and not tensors[0].is_cuda:
         return reference
     device = tensors[0].device
     has_float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
-    if _current == "triton":
+    if current == "triton":
         if has_float64:
             raise TypeError(
                 "backend 'triton' takes float32, bfloat16 and float16; use_backend('torch') or "
@@ -135,7 +156,7 @@ def implementation(*tensors: Tensor) -> ModuleType | OnDevice:
         if obstacle is not None:
             raise RuntimeError(f"backend 'triton' was asked for, but {obstacle}")
         return OnDevice(importlib.import_module("pkm_triton.kernels"), device)
-    if _current == "torch" or has_float64:
+    if current == "torch" or has_float64:
         return reference
     obstacle = _obstacle(device)
     if obstacle is not None:

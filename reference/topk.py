@@ -13,19 +13,15 @@ def matmul_full_float32(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b`, of float32 in float32, whatever `torch.set_float32_matmul_precision` says.
 
     Takes two matrices, or two batches of them. The reduced precisions that it allows are enough to
-    change which slots win.
+    change which slots win. It is a setting of the process, which to change for a moment would reach
+    other threads, and they this one: where it allows less, the product is made in float64.
     """
     multiply = torch.mm if a.ndim == 2 else torch.bmm
     backends = torch.backends.cuda if a.is_cuda else torch.backends.mkldnn
-    settings = backends.matmul  # pyright: ignore[reportAttributeAccessIssue]  (missing in stubs)
-    previous = settings.fp32_precision
-    if previous in ("none", "ieee"):
-        return multiply(a, b)
-    settings.fp32_precision = "ieee"
-    try:
-        return multiply(a, b)
-    finally:
-        settings.fp32_precision = previous
+    allowed = backends.matmul.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]  (missing in stubs)
+    if a.dtype == torch.float32 and allowed not in ("none", "ieee"):
+        return multiply(a.double(), b.double()).float()
+    return multiply(a, b)
 
 
 def topk_last_dim(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

