@@ -44,6 +44,19 @@ def test_accurate(case, device, guard):
     assert_close_to_oracle(out, expected, gather_by_torch(values, slots, weights))
 
 
+@pytest.mark.parametrize("num_tokens", [2, 33])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+def test_sums_are_rounded_once(dtype, num_tokens, device, guard):
+    """Not for every few reads: the error is that of rounding the result, and no more."""
+    values, slots, weights = make((num_tokens, 300, 400, 16, dtype, FLOAT32), device)
+    exact = gather(values, slots, weights)
+    error = (kernels.gather_values(values, slots, weights).double() - exact).abs().max()
+    rounding = (exact.to(dtype).double() - exact).abs().max()
+    assert error <= 1.1 * rounding
+    wide = kernels.gather_values(values, slots, weights, FLOAT32)
+    assert (wide.double() - exact).abs().max() < 0.01 * rounding
+
+
 @pytest.mark.parametrize("slot", [-1, 50, 2**31 - 1, -(2**31)])
 def test_slot_out_of_range_shows_in_its_token(slot, device, guard):
     values, slots, weights = make((4, 6, 50, 24, FLOAT32, FLOAT32), device)

@@ -7,6 +7,7 @@ from tolerance import assert_close_to_oracle
 
 from pkm_triton import kernels
 from pkm_triton.kernels import runs
+from pkm_triton.kernels.scatter_values import scatter
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -140,6 +141,29 @@ def test_adjoint_of_the_gather(device, guard):
     torch.testing.assert_close(
         (grad_weights.double() * weights.double()).sum(), product, rtol=1e-5, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("follow", [63, 64, 65, 150])
+def test_runs_longer_than_what_is_counted_at_once(follow, device, guard, monkeypatch):
+    """A run that goes on into the next stretch for more reads than one tile of comparisons."""
+    monkeypatch.setattr(runs, "LEAST_STRETCH", 200)
+    slots = torch.tensor([*[0] * 190, *[1] * (10 + follow), *[2] * (200 - follow)])
+    slots = slots[torch.randperm(400)].view(40, 10).int().to(device)
+    grad_output, weights = torch.randn(40, 8, device=device), torch.rand(40, 10, device=device)
+    table = kernels.scatter_values(slots, weights, grad_output, 3)
+    oracle = brute_force(grad_output, torch.zeros(3, 8), slots, weights, torch.float64)[0]
+    plain = brute_force(grad_output, torch.zeros(3, 8), slots, weights, FLOAT32)[0]
+    assert_close_to_oracle(table, oracle, plain)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a table of which the interpreter uses a row")
+def test_rows_past_int32(guard, monkeypatch):
+    """Dense rows whose elements lie beyond what int32 counts; the rest stays as it is."""
+    monkeypatch.undo()  # the poison would touch all of it
+    table = torch.empty(1, 1, dtype=BFLOAT16).expand((1 << 21) + 8, 1024)
+    slots = torch.full((2, 1), table.shape[0] - 1, dtype=torch.int32)
+    _, sums, _ = scatter(slots, torch.ones(2, 1), torch.ones(2, 1024), table, None, compact=False)
+    assert (sums[-1] == 2).all()
 
 
 def test_table_past_int32(device, guard):

@@ -130,3 +130,23 @@ def test_lists_do_not_grow_with_the_tokens(device, guard, monkeypatch):
         sizes.append(made - {(inputs[1].shape,)})
     assert len(sizes[0]) > 3
     assert sizes[0] == sizes[1]
+
+
+def test_flat_keys_of_more_rows_than_int32_counts(monkeypatch):
+    """So many heads at a time that slots of the one table they make stay int32."""
+    rows = []
+
+    def gather_values(table, slots, weights):
+        return torch.empty(slots.shape[0], 1, device="meta")
+
+    def gather_values_backward(x, table, *_):
+        rows.append(table.shape[0])
+        return torch.empty(table.shape, device="meta"), None
+
+    monkeypatch.setattr(flat, "gather_values", gather_values)
+    monkeypatch.setattr(flat, "gather_values_backward", gather_values_backward)
+    keys, query = torch.empty(5, 2**30 - 1, 1, device="meta"), torch.empty(3, 5, 1, device="meta")
+    slots = torch.empty(3, 5, 2, dtype=torch.int32, device="meta")
+    flat.flat_key_topk_backward(torch.empty(3, 5, 2, device="meta"), query, keys, slots)
+    assert max(rows) < 2**31
+    assert sum(rows) == 5 * (2**30 - 1)

@@ -24,6 +24,10 @@ META = torch.randn(3, 2, 8, device="meta")
         (QUERY, SUBKEYS.to(torch.complex64), 5, TypeError, "subkeys has dtype torch.complex64"),
         (QUERY.tolist(), SUBKEYS, 5, TypeError, "query must be a tensor"),
         (META, SUBKEYS, 5, ValueError, "one device, but got query on meta, subkeys on cpu"),
+        (QUERY, SUBKEYS, torch.tensor(True), ValueError, r"top_k is True, but must be an integer"),
+        (QUERY, SUBKEYS, torch.tensor(5.0), TypeError, r"top_k must be an integer, not tensor"),
+        (QUERY.to_sparse(), SUBKEYS, 5, TypeError, r"query has layout torch\.sparse_coo, but must"),
+        (QUERY.to(torch.float8_e5m2), SUBKEYS, 5, TypeError, r"query has dtype torch\.float8_e5m2"),
     ],
 )
 def test_product_key_topk(query, subkeys, top_k, error, message):
@@ -72,11 +76,35 @@ VALUES, SLOTS, WEIGHTS = torch.randn(20, 4), torch.randint(0, 20, (3, 6)), torch
         (VALUES, SLOTS + 2**32, WEIGHTS, ValueError, r"slots must lie in \[0, 20\)"),
         (VALUES[:0], SLOTS, WEIGHTS, ValueError, r"slots must lie in \[0, 0\)"),
         (VALUES, SLOTS.to("meta"), WEIGHTS, ValueError, "slots on meta"),
+        (VALUES.to_sparse(), SLOTS, WEIGHTS, TypeError, r"values has layout torch\.sparse_coo"),
+        (VALUES, SLOTS.to_sparse(), WEIGHTS, TypeError, r"slots has layout torch\.sparse_coo"),
+        (VALUES, SLOTS, WEIGHTS.to_sparse(), TypeError, r"weights has layout torch\.sparse_coo"),
+        (VALUES.to(torch.float8_e4m3fn), SLOTS, WEIGHTS, TypeError, r"dtype torch\.float8_e4m3fn"),
+        (
+            VALUES.to(torch.complex64),
+            SLOTS,
+            WEIGHTS,
+            TypeError,
+            r"values has dtype torch\.complex64",
+        ),
+        (VALUES, SLOTS, WEIGHTS > 0, TypeError, r"weights has dtype torch\.bool"),
+        (VALUES, SLOTS.bool(), WEIGHTS, TypeError, r"slots has dtype torch\.bool"),
     ],
 )
 def test_gather_values(values, slots, weights, sparse_grad, error, message):
     with pytest.raises(error, match=message):
         pkm.gather_values(values, slots, weights, sparse_grad)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_other_layouts():
+    with pytest.raises(TypeError, match=r"values has layout torch\.sparse_csr, but"):
+        pkm.gather_values(VALUES.to_sparse_csr(), SLOTS, WEIGHTS)
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor([QUERY[0], QUERY[1]], layout=layout)
+        with pytest.raises(TypeError, match="query has layout nested, but must be a dense tensor"):
+            pkm.product_key_topk(nested, SUBKEYS, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -192,13 +192,20 @@ def test_vmap_makes_one_call(monkeypatch):
     query, subkeys = torch.randn(3, 2, 4), torch.randn(6, 2, 2, 4, 2)
     vmap(pkm.product_key_topk, (None, 0, None))(query, subkeys, 5)
     assert calls == list(names)
+    values = torch.randn(9, 3, requires_grad=True)
+    out = pkm.gather_values(values, SLOTS, weights)
+    calls.clear()
+    vmap(lambda g: torch.autograd.grad(out, values, g)[0])(torch.randn(6, 3, 3))
+    assert calls == ["scatter_values"]
 
 
-def test_vmap_with_a_slot_out_of_range():
-    tables, weights = torch.randn(2, 9, 3), torch.rand(1, 2)
-    for slot in (-1, 9):
-        with pytest.raises(ValueError, match="slots must lie in"):
-            vmap(lambda v, s=slot: pkm.gather_values(v, torch.tensor([[0, s]]), weights))(tables)
+@pytest.mark.parametrize(("batch", "slot"), [(0, 9), (1, -1)])
+def test_vmap_with_a_slot_out_of_range(batch, slot):
+    """Of one table, where the next or the last one's rows would be."""
+    tables, slots, weights = torch.randn(2, 9, 3), torch.ones(2, 1, 2).int(), torch.rand(1, 2)
+    slots[batch, 0, 1] = slot
+    with pytest.raises(ValueError, match="slots must lie in"):
+        vmap(pkm.gather_values, (0, 0, None))(tables, slots, weights)
 
 
 def test_vmap_of_more_rows_than_int32_counts():
@@ -263,6 +270,20 @@ def test_gradient_penalty_of_a_sparse_gradient():
         second = torch.autograd.grad(elements.square().sum(), args)
         found.append([each.to_dense() for each in second])
     for name, dense, sparse in zip(("values", "weights"), *found, strict=True):
+        torch.testing.assert_close(dense, sparse, msg=name)
+
+
+def test_sparse_result_against_a_sparse_gradient_of_other_rows():
+    """What comes back for a sparse table may lack rows, or have rows that nobody read."""
+    weights, x = leaves((torch.rand(3, 4, **DOUBLE), torch.randn(3, 3, **DOUBLE)))
+    other = torch.zeros(9, 3, **DOUBLE)
+    other[[1, 3, 4, 8]] = torch.randn(4, 3, **DOUBLE)
+    found = []
+    for sparse in (False, True):
+        table = pkm.scatter_values(SLOTS, weights, x, 9, sparse=sparse)
+        cotangent = other.to_sparse(1) if sparse else other
+        found.append(torch.autograd.grad(table, (weights, x), cotangent))
+    for name, dense, sparse in zip(("weights", "x"), *found, strict=True):
         torch.testing.assert_close(dense, sparse, msg=name)
 
 

@@ -1,8 +1,10 @@
+import importlib
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import gather
+from oracle import gather, scatter
 from tolerance import assert_close_to_oracle
 from torch import nn
 from torch.autograd import gradcheck
@@ -82,6 +84,54 @@ def test_float32_weights_keep_their_precision(dtype):
     error = (pkm.gather_values(values, slots, weights).double() - oracle).abs().max()
     rounding = (oracle.to(dtype).double() - oracle).abs().max()
     assert error <= 1.1 * rounding
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-7, 1e-5, 1.0, 1e6, 1e30])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_tables_with_weights_of_any_size(dtype, size):
+    """Forward, and in the table's gradient, as exact as the table's dtype allows."""
+    values, slots, weights = table(100, 8, 3, 512, dtype)
+    weights *= size
+    small = min(1.0, 1e-3 / size) if size else 1.0
+    values = (values.float() * small).to(dtype).requires_grad_()
+    out = pkm.gather_values(values, slots, weights)
+    exact = gather(values, slots, weights)
+    rounding = (exact.to(dtype).double() - exact).abs().max()
+    assert (out.double() - exact).abs().max() <= 1.1 * rounding
+    grad = torch.randn(3, 8).mul(small).to(dtype)
+    (found,) = torch.autograd.grad(out, values, grad)
+    exact = scatter(slots, weights, grad, 100)
+    rounding = (exact.to(dtype).double() - exact).abs().max()
+    assert (found.double() - exact).abs().max() <= 1.1 * rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_tables_with_infinite_weights(dtype):
+    values = torch.tensor([[1.0, -1.0], [0.5, 2.0]]).to(dtype)
+    slots, weights = torch.tensor([[0, 1], [0, 1]]), torch.tensor([[torch.inf, 1.0], [1.0, 1.0]])
+    out = pkm.gather_values(values, slots, weights)
+    assert out.tolist() == [[torch.inf, -torch.inf], [1.5, 1.0]]
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True], ids=["dense", "sparse"])
+def test_widened_a_few_rows_at_a_time(monkeypatch, sparse_grad):
+    """In half precision, whatever the number of rows that are widened together."""
+    values, slots, weights = table(60, 7, 40, 9, torch.float16)
+    weights *= 1e6
+    values = (values.float() * 1e-4).half().requires_grad_()
+    weights.requires_grad_()
+
+    def run():
+        out = pkm.gather_values(values, slots, weights, sparse_grad)
+        grads = torch.autograd.grad(out.float().sum(), (values, weights))
+        return out, grads[0].to_dense(), grads[1]
+
+    whole = run()
+    for name in ("gather_values", "scatter_values", "sample_values"):
+        module = importlib.import_module(f"pkm_triton.reference.{name}")
+        monkeypatch.setattr(module, "WIDENED_ELEMENTS", 9 * 7 * 4)
+    for name, one, other in zip(("out", "values", "weights"), whole, run(), strict=True):
+        assert torch.equal(one, other), name
 
 
 def test_equals_embedding_bag():
