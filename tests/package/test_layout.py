@@ -1,4 +1,5 @@
 import ast
+import os
 import re
 import statistics
 import subprocess
@@ -19,6 +20,14 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = {"pkm_triton": "pkm_triton"} | {
     f"pkm_triton.{name}": name for name in ("kernels", "reference", "perf")
 }
+
+
+SWEEP = """
+import sys, pkm_triton.kernels, pkm_triton.perf.__main__ as perf
+print(pkm_triton.kernels.__file__)
+sys.exit(perf.main(["sweep", "--preset", "quick", "--implementation", "pkm_triton",
+                    "--seconds", "0.02", "--output", "out", "--grid-only", *sys.argv[1:]]))
+"""
 
 
 def modules(folder):
@@ -49,7 +58,7 @@ def test_packages_are_the_folders():
 
 
 @pytest.mark.slow
-def test_wheel_holds_one_import_name(tmp_path):
+def test_wheel_holds_one_import_name_and_sweeps_without_the_checkout(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)],
         check=True,
@@ -66,6 +75,21 @@ def test_wheel_holds_one_import_name(tmp_path):
     }
     assert expected <= set(names)
     assert "pkm_triton/py.typed" in names
+
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    sizes = "--dim 16 --tokens 8 --num-subkeys 16 --heads 2 --top-k 2 4 --keys product"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SWEEP, *sizes.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith(str(tmp_path))
+    assert len((tmp_path / "out" / "sweep.csv").read_text().splitlines()) > 1
+    assert list((tmp_path / "out").glob("*.png"))
 
 
 @pytest.mark.parametrize("folder", FOLDERS.values())
