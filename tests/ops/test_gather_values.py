@@ -208,6 +208,11 @@ def test_a_stored_gradient_is_marked_coalesced_if_it_is():
             rows = grad._indices()[0]
             assert not grad.is_coalesced() or (rows.diff() > 0).all()
             torch.testing.assert_close(grad.to_dense(), together.to_dense())
+    twice = torch.tensor([[2, 2]])
+    values.grad = torch.sparse_coo_tensor(twice, torch.ones(2, 4), (30, 4), check_invariants=True)
+    pkm.gather_values(values, slots, weights, sparse_grad=True).sum().backward()
+    assert not values.grad.is_coalesced()
+    torch.testing.assert_close(values.grad.to_dense()[2], first.to_dense()[2] + 2)
     assert torch.autograd.grad(
         pkm.gather_values(values, slots, weights, sparse_grad=True).sum(), values
     )[0].is_coalesced()

@@ -76,7 +76,7 @@ def test_a_refused_group_is_not_kept(group):
 
 
 WRONG = {
-    "row beyond": ([1, 9], "from 1 to 9 in dimension 0, but .* has 4"),
+    "row beyond": ([1, 4], "from 1 to 4 in dimension 0, but .* has 4"),
     "row before": ([-1], "indices from -1 to -1"),
 }
 

@@ -43,7 +43,7 @@ def test_dense_gradients_as_adamw(weight_decay):
 def test_sorted_rows_that_come_twice_are_one():
     """As torch stores the sum of two gradients; without a mark that they are coalesced."""
     ours, theirs = (nn.Parameter(torch.ones(5, 3)) for _ in range(2))
-    grad = sparse([1, 1, 3], torch.tensor([[1.0] * 3, [-3.0] * 3, [2.0] * 3]), (5, 3))
+    grad = sparse([1, 1, 3], torch.tensor([[-3.0] * 3, [1.0] * 3, [2.0] * 3]), (5, 3))
     for parameter, kind in ((ours, SparseAdam), (theirs, torch.optim.SparseAdam)):
         parameter.grad = grad.clone()
         kind([parameter], lr=0.1).step()
