@@ -1,4 +1,4 @@
-"""A training loop of one's own with accelerate, values in sparse gradients.
+"""A training loop of one's own with accelerate and sparse gradients, on any number of ranks.
 
 accelerate launch examples/accelerate_loop.py
 """
@@ -8,9 +8,11 @@ import argparse
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import pkm_triton as pkm
+from pkm_triton.hf.trainers import clip_all_gradients
 
 
 def main() -> None:
@@ -20,7 +22,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    accelerator = Accelerator()
+    accelerator = clip_all_gradients(Accelerator())
     model = pkm.transformer.Transformer(
         vocab_size=32,
         dim=64,
@@ -29,15 +31,16 @@ def main() -> None:
         context=32,
         memory_layers=[2],
         make_memory=lambda: pkm.ProductKeyMemory(
-            64, num_subkeys=64, query_dim=64, sparse_grad=accelerator.num_processes == 1
+            64, num_subkeys=64, query_dim=64, sparse_grad=True
         ),
     )
-    # Values, whose gradients are sparse, have an optimiser of their own, and stay out of clipping.
-    rest, values = pkm.param_groups(model, lr=1e-3, value_lr=1e-2)
-    optimisers = (torch.optim.AdamW([rest]), pkm.optim.SparseAdam([values]))
+    optimiser = pkm.optim.SparseAdam(pkm.param_groups(model, lr=1e-3, value_lr=1e-2))
     data = torch.randint(0, 32, (256, 4)).repeat(1, 8)
     loader = DataLoader(TensorDataset(data), batch_size=32, shuffle=True)
-    model, loader, *optimisers = accelerator.prepare(model, loader, *optimisers)
+    model = pkm.distributed.ignore_sparse_values(model)
+    model, loader, optimiser = accelerator.prepare(model, loader, optimiser)
+    if isinstance(model, DistributedDataParallel):
+        pkm.distributed.average_sparse_values(model)
 
     losses: list[float] = []
     while len(losses) < options.steps:
@@ -46,10 +49,9 @@ def main() -> None:
             loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(rest["params"], 1.0)
-            for optimiser in optimisers:
-                optimiser.step()
-                optimiser.zero_grad()
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
             losses.append(loss.item())
             if len(losses) == options.steps:
                 break

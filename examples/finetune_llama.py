@@ -9,9 +9,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 import pkm_triton as pkm
+from pkm_triton.hf.trainers import MemoryTrainer
 
 
 def small_model(folder: str) -> str:
@@ -40,7 +41,8 @@ def main() -> None:
     options = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(options.model or small_model(options.output))
-    pkm.hf.add_memories(model, options.layers, num_subkeys=options.num_subkeys)
+    sizes = {"num_subkeys": options.num_subkeys}
+    pkm.hf.add_memories(model, options.layers, **sizes, sparse_grad=True)
 
     if options.model is None:
         tokens = torch.tensor(list(Path(options.text).read_bytes()))
@@ -51,19 +53,19 @@ def main() -> None:
         tokens = tokenizer(Path(options.text).read_text(), return_tensors="pt").input_ids[0]
     pieces = [{"input_ids": piece, "labels": piece} for piece in tokens.split(64)[:-1]]
 
-    trainer = Trainer(
+    trainer = MemoryTrainer(
         model,
         TrainingArguments(
             options.output,
             max_steps=options.steps,
+            learning_rate=5e-4,
             per_device_train_batch_size=8,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
         ),
         train_dataset=pieces,
-        # The scheduler scales both learning rates.
-        optimizers=(torch.optim.AdamW(pkm.param_groups(model, lr=5e-4, value_lr=2e-3)), None),
+        value_learning_rate=2e-3,  # the scheduler scales both
     )
     result = trainer.train()
     trainer.save_model(options.output)

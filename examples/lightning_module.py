@@ -1,4 +1,4 @@
-"""Lightning: two optimisers, one for the values and their sparse gradients.
+"""Lightning: sparse gradients of the values, clipped with all others, and two learning rates.
 
 python examples/lightning_module.py
 """
@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import pkm_triton as pkm
+from pkm_triton.lightning import MemoryModuleMixin
 
 
-class Decoder(lightning.LightningModule):
+class Decoder(MemoryModuleMixin, lightning.LightningModule):
     """A small decoder with a memory."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.automatic_optimization = False  # there are two optimisers
         self.model = pkm.transformer.Transformer(
             vocab_size=32,
             dim=64,
@@ -34,24 +34,17 @@ class Decoder(lightning.LightningModule):
         )
         self.losses: list[float] = []
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
-        """Adam for everything but the values, which learn faster."""
-        rest, values = pkm.param_groups(self, lr=1e-3, value_lr=1e-2)
-        return torch.optim.AdamW([rest]), pkm.optim.SparseAdam([values])
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam for everything; on the values it touches the rows that were read."""
+        return pkm.optim.SparseAdam(pkm.param_groups(self, lr=1e-3, value_lr=1e-2))
 
-    def training_step(self, batch: list[Tensor], _: int) -> None:
-        """One step of both optimisers; only the dense gradients are clipped."""
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        """The loss of the next tokens."""
         (tokens,) = batch
         logits = self.model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        rest, values = self.optimizers()
-        rest.zero_grad()
-        values.zero_grad()
-        self.manual_backward(loss)
-        self.clip_gradients(rest, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
-        rest.step()
-        values.step()
         self.losses.append(loss.item())
+        return loss
 
 
 def main() -> None:
@@ -63,7 +56,8 @@ def main() -> None:
     lightning.seed_everything(0, verbose=False)
     data = TensorDataset(torch.randint(0, 32, (256, 4)).repeat(1, 8))
     trainer = lightning.Trainer(
-        max_steps=2 * options.steps,  # Lightning counts the steps of each optimiser
+        max_steps=options.steps,
+        gradient_clip_val=1.0,
         accelerator="auto",
         logger=False,
         enable_checkpointing=False,

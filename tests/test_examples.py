@@ -6,14 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ARGUMENTS = {
     "accelerate_loop.py": ("accelerate", ["--steps", "8"]),
+    "data_parallel.py": ("torch.distributed", ["--steps", "8"]),
     "export_model.py": ("torch", ["--output", "model.pt2"]),
     "finetune_llama.py": ("accelerate", ["--steps", "3", "--output", "finetuned"]),
     "lightning_module.py": ("lightning", ["--steps", "8"]),
     "lora_beside_memories.py": ("peft", ["--steps", "3", "--output", "adapter"]),
+    "sharded_with_sparse_values.py": ("torch.distributed", ["--steps", "8"]),
 }
 
 
@@ -35,8 +38,16 @@ def run(name, arguments, folder, monkeypatch):
 def test_runs(name, tmp_path, monkeypatch, capsys):
     needed, arguments = ARGUMENTS[name]
     pytest.importorskip(needed)
-    if name not in ("accelerate_loop.py", "export_model.py"):
+    if needed in ("accelerate", "peft"):
         pytest.importorskip("transformers")
+    if needed == "torch.distributed":
+        if not torch.distributed.is_gloo_available():
+            pytest.skip("needs gloo")
+        # As torchrun does, with one rank.
+        for variable in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+            monkeypatch.setenv(variable, "0")
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
     run(name, arguments, tmp_path, monkeypatch)
     told = capsys.readouterr().out
     assert re.search(r"loss \d|gives what the model gives", told)
