@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from . import hf as hf
     from ._backend import backend, use_backend
     from .checkpoints import load_with_memory, save_with_memory
+    from .experts import ProductKeyExperts
     from .memory import FlatKeyMemory, ProductKeyMemory
     from .ops import (
         flat_key_topk,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FlatKeyMemory",
     "MemoryUsage",
+    "ProductKeyExperts",
     "ProductKeyMemory",
     "QueryNetwork",
     "backend",
@@ -55,6 +57,7 @@ _MODULES = {
     "": ["distributed", "optim", "transformer"],
     "_backend": ["backend", "use_backend"],
     "checkpoints": ["load_with_memory", "save_with_memory"],
+    "experts": ["ProductKeyExperts"],
     "memory": ["FlatKeyMemory", "ProductKeyMemory"],
     "ops": [
         "flat_key_topk",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ._files import read_tensors, write_tensors
 from ._layer_checks import check_module
 from ._state import EXTRA_STATE, is_plain, plain_name, savable, shared, unwrapped
+from .experts import ProductKeyExperts
 from .memory import FlatKeyMemory, ProductKeyMemory, _KeyValueMemory
 from .replace import absorbed_modules, put_memory
 
@@ -19,7 +20,7 @@ __all__ = ["load_with_memory", "read_tensors", "save_with_memory", "write_tensor
 
 _FORMAT = "pkm_triton model with memory"
 _VERSION = 2
-_KINDS = {kind.__name__: kind for kind in (ProductKeyMemory, FlatKeyMemory)}
+_KINDS = {kind.__name__: kind for kind in (ProductKeyMemory, FlatKeyMemory, ProductKeyExperts)}
 
 
 def save_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -32,9 +33,9 @@ def save_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
     old file of that name stays until the new one is complete.
 
     Args:
-        model: any model whose memories are `ProductKeyMemory` or `FlatKeyMemory` layers. What
-            `torch.compile` or a data-parallel wrapper put around it, or around parts of it, is left
-            out.
+        model: any model whose memories are `ProductKeyMemory`, `FlatKeyMemory` or
+            `ProductKeyExperts` layers. What `torch.compile` or a data-parallel wrapper put around
+            it, or around parts of it, is left out.
         path: the file; its folder must exist.
 
     Raises:

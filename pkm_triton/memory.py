@@ -86,6 +86,11 @@ class _KeyValueMemory(HostedModule, ABC):
             self.query_net.reset_parameters()
         self._reset_memory()
 
+    @property
+    def tables(self) -> tuple[nn.Parameter, ...]:
+        """The tables of which a token reads a few rows."""
+        return (self.values,)
+
     def reset_parameters(self) -> None:
         """Initialise all parameters anew.
 
@@ -165,9 +170,11 @@ class _KeyValueMemory(HostedModule, ABC):
         if self.usages and not recomputing():
             for usage in self.usages:
                 usage.add(slots, weights)
-        return gather_values(
-            self.values, slots.flatten(-2), weights.flatten(-2), sparse_grad=self.sparse_grad
-        )
+        return self._read(x, mask, slots.flatten(-2), weights.flatten(-2))
+
+    def _read(self, x: Tensor, mask: Tensor | None, slots: Tensor, weights: Tensor) -> Tensor:
+        """The output [..., value_dim] of tokens x that read slots [..., R] by weights [..., R]."""
+        return gather_values(self.values, slots, weights, sparse_grad=self.sparse_grad)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that make a layer of this kind and these sizes, as plain data."""

@@ -48,7 +48,7 @@ def param_groups(
             check_number(name, value)
             group["weight_decay"] = value
     layers = [module for module in model.modules() if isinstance(module, _KeyValueMemory)]
-    value_ids = {id(layer.values) for layer in layers}
+    value_ids = {id(table) for layer in layers for table in layer.tables}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("model has no parameter that requires a gradient")

@@ -16,6 +16,30 @@ from . import table_operators
 from .registry import LIBRARY, is_defined, register
 
 
+def check_differentiable(sparse_grad: SparseGrad) -> None:
+    """A gradient that is to be differentiated again is not kept as its factors."""
+    if sparse_grad == "factored":
+        raise RuntimeError(
+            "a gradient that is kept as its factors (sparse_grad='factored') cannot be "
+            "differentiated again, nor be made under torch.func: use sparse_grad=True or False"
+        )
+
+
+def table_gradient(
+    values: Tensor, slots: Tensor, weights: Tensor, x: Tensor, sparse_grad: SparseGrad
+) -> Tensor:
+    """The scatter of x [T, d_v] as the gradient of values alone, in the form `sparse_grad` says.
+
+    As a function that autograd does not see.
+    """
+    if sparse_grad == "factored":
+        return FactoredGradient.of_gather(values, slots, weights, x.to(values.dtype))
+    scattered = slots, weights, x, values.shape[0], values.dtype
+    if not sparse_grad:
+        return table_operators.scatter_values(*scattered)
+    return _marked(table_operators.scatter_values_sparse(*scattered), values)
+
+
 def gather_backward(
     grad_output: Tensor,
     reads: tuple[Tensor, Tensor, Tensor],
@@ -32,10 +56,7 @@ def gather_backward(
         grad_values, grad_weights = table_operators.gather_values_backward_sparse(
             grad_output, *reads, needs_weights
         )
-        if not torch.compiler.is_compiling():
-            rows, grad_rows = grad_values._indices()[0], grad_values._values()
-            grad_values = coalesced_gradient(rows, grad_rows, values)
-        return grad_values, grad_weights
+        return _marked(grad_values, values), grad_weights
     factored = needs_values and sparse_grad == "factored"
     grad_values, grad_weights = table_operators.gather_values_backward(
         grad_output, *reads, needs_values and not factored, needs_weights
@@ -43,6 +64,13 @@ def gather_backward(
     if factored:
         grad_values = FactoredGradient.of_gather(values, slots, weights, grad_output)
     return grad_values, grad_weights
+
+
+def _marked(grad: Tensor, table: Tensor) -> Tensor:
+    """A sparse gradient that keeps the mark that it is coalesced as torch stores it."""
+    if torch.compiler.is_compiling():
+        return grad
+    return coalesced_gradient(grad._indices()[0], grad._values(), table)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

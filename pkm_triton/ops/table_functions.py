@@ -18,7 +18,12 @@ from torch.autograd import Function
 from pkm_triton._checks import SparseGrad
 
 from . import table_operators
-from .gather_backward import gather_backward, gather_values_with_sparse_gradient
+from .gather_backward import (
+    check_differentiable,
+    gather_backward,
+    gather_values_with_sparse_gradient,
+    table_gradient,
+)
 from .modes import differentiated_again, recorded, transformed
 from .rules import batched, slots_of_tables, sum_of_tangents
 
@@ -43,12 +48,18 @@ def gather(
     return table_operators.gather_values(values, slots, weights, dtype)
 
 
-def sample(values: Tensor, slots: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """X · Vᵀ at the places of S in `dtype`, [T, R]."""
+def sample(
+    values: Tensor,
+    slots: Tensor,
+    x: Tensor,
+    dtype: torch.dtype,
+    sparse_grad: SparseGrad = False,
+) -> Tensor:
+    """X · Vᵀ at the places of S in `dtype`, [T, R]; the gradient of values likewise."""
     if transformed():
-        return _SampleWithRules.apply(values, slots, x, dtype)
+        return _SampleWithRules.apply(values, slots, x, dtype, sparse_grad)
     if recorded(values, x):
-        return _Sample.apply(values, slots, x, dtype)
+        return _Sample.apply(values, slots, x, dtype, sparse_grad)
     return table_operators.sample_values(values, slots, x, dtype)
 
 
@@ -91,7 +102,7 @@ class _Gather(Function):
     def backward(ctx: Any, *grads: Tensor) -> _Grads:
         (grad_output,) = grads
         needs_values, _, needs_weights, _, _ = ctx.needs_input_grad
-        backward = _gather_backward_of_ops if differentiated_again() else gather_backward
+        backward = gather_backward_of_ops if differentiated_again() else gather_backward
         grad_values, grad_weights = backward(
             grad_output, ctx.saved_tensors, needs_values, needs_weights, ctx.sparse_grad
         )
@@ -104,26 +115,29 @@ class _Gather(Function):
         )
 
 
-def _gather_backward_of_ops(
+def gather_backward_of_ops(
     grad_output: Tensor,
     reads: tuple[Tensor, Tensor, Tensor],
     needs_values: bool,
     needs_weights: bool,
     sparse_grad: SparseGrad,
 ) -> tuple[Tensor | None, Tensor | None]:
+    """As `gather_backward`, by operations that are differentiable in turn."""
     values, slots, weights = reads
     grad_values = grad_weights = None
-    if needs_values and sparse_grad == "factored":
-        raise RuntimeError(
-            "a gradient that is kept as its factors (sparse_grad='factored') cannot be "
-            "differentiated again, nor be made under torch.func: use sparse_grad=True or False"
-        )
     if needs_values:
-        form = scatter_sparse if sparse_grad else scatter
-        grad_values = form(slots, weights, grad_output, values.shape[0], values.dtype)
+        grad_values = _table_gradient_of_ops(values, slots, weights, grad_output, sparse_grad)
     if needs_weights:
         grad_weights = sample(values, slots, grad_output, weights.dtype)
     return grad_values, grad_weights
+
+
+def _table_gradient_of_ops(
+    values: Tensor, slots: Tensor, weights: Tensor, x: Tensor, sparse_grad: SparseGrad
+) -> Tensor:
+    check_differentiable(sparse_grad)
+    form = scatter_sparse if sparse_grad else scatter
+    return form(slots, weights, x, values.shape[0], values.dtype)
 
 
 class _GatherWithRules(_Gather):
@@ -151,26 +165,29 @@ class _GatherWithRules(_Gather):
 
 class _Sample(Function):
     @staticmethod
-    def forward(values: Tensor, slots: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        values: Tensor, slots: Tensor, x: Tensor, dtype: torch.dtype, sparse_grad: SparseGrad
+    ) -> Tensor:
         return table_operators.sample_values(values, slots, x, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:3])
         ctx.save_for_forward(*inputs[:3])
-        ctx.dtype = inputs[3]
+        ctx.dtype, ctx.sparse_grad = inputs[3:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> _Grads:
         (grad_products,) = grads
-        needs_values, _, needs_x, _ = ctx.needs_input_grad
+        needs_values, _, needs_x, _, _ = ctx.needs_input_grad
         values, slots, x = ctx.saved_tensors
+        scattered = _table_gradient_of_ops if differentiated_again() else table_gradient
+        reads = values, slots, grad_products, x, ctx.sparse_grad
         return (
-            scatter(slots, grad_products, x, values.shape[0], values.dtype)
-            if needs_values
-            else None,
+            scattered(*reads) if needs_values else None,
             None,
             gather(values, slots, grad_products, x.dtype) if needs_x else None,
+            None,
             None,
         )
 
@@ -187,14 +204,14 @@ class _SampleWithRules(_Sample):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        values, slots, x, dtype = args
+        values, slots, x, dtype, sparse_grad = args
         size, table_dim = info.batch_size, in_dims[0]
         slots, x = batched(slots, in_dims[1], size), batched(x, in_dims[2], size)
         if table_dim is not None:
             values = values.movedim(table_dim, 0)
-            slots = slots_of_tables(slots, values.shape[1])
+            slots, sparse_grad = slots_of_tables(slots, values.shape[1]), False
             values = values.flatten(0, 1)
-        products = sample(values, slots.flatten(0, 1), x.flatten(0, 1), dtype)
+        products = sample(values, slots.flatten(0, 1), x.flatten(0, 1), dtype, sparse_grad)
         return products.unflatten(0, slots.shape[:2]), 0
 
 
@@ -216,6 +233,8 @@ class _Scatter(Function):
         (grad_table,) = grads
         _, needs_weights, needs_x, _, _ = ctx.needs_input_grad
         slots, weights, x = ctx.saved_tensors
+        if grad_table.is_sparse:
+            grad_table, slots = _compact(grad_table, slots)
         return (
             None,
             sample(grad_table, slots, x, weights.dtype) if needs_weights else None,
@@ -247,32 +266,12 @@ class _ScatterWithRules(_Scatter):
         return table.unflatten(0, (size, num_slots)), 0
 
 
-class _ScatterSparse(Function):
+class _ScatterSparse(_Scatter):
     @staticmethod
     def forward(
         slots: Tensor, weights: Tensor, x: Tensor, num_slots: int, dtype: torch.dtype
     ) -> Tensor:
         return table_operators.scatter_values_sparse(slots, weights, x, num_slots, dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _Scatter.setup_context(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> _Grads:
-        (grad_table,) = grads
-        _, needs_weights, needs_x, _, _ = ctx.needs_input_grad
-        slots, weights, x = ctx.saved_tensors
-        if grad_table.is_sparse and grad_table.sparse_dim() == 1:
-            grad_table, slots = _compact(grad_table, slots)
-        grad_table = grad_table.to_dense()
-        return (
-            None,
-            sample(grad_table, slots, x, weights.dtype) if needs_weights else None,
-            gather(grad_table, slots, weights, x.dtype) if needs_x else None,
-            None,
-            None,
-        )
 
 
 class _ScatterSparseWithRules(_ScatterSparse):
@@ -287,6 +286,8 @@ class _ScatterSparseWithRules(_ScatterSparse):
 
 def _compact(table: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """The rows that a sparse table has, and one of zeros, as a dense one; and where slots are."""
+    if table.sparse_dim() != 1:
+        return table.to_dense(), slots
     table = table.coalesce()
     rows, values = F.pad(table.indices()[0], (0, 1), value=-1), F.pad(table.values(), (0, 0, 0, 1))
     places = torch.searchsorted(rows[:-1], slots)

@@ -64,7 +64,9 @@ def gather_values(
     return out.view(*slots.shape[:-1], values.shape[1])
 
 
-def sample_values(values: Tensor, slots: Tensor, x: Tensor) -> Tensor:
+def sample_values(
+    values: Tensor, slots: Tensor, x: Tensor, sparse_grad: SparseGrad = False
+) -> Tensor:
     """The inner products of each token with the rows of a table that it reads.
 
     The adjoint of `gather_values` in its weights: what a mixture of tiny experts computes before
@@ -74,6 +76,8 @@ def sample_values(values: Tensor, slots: Tensor, x: Tensor) -> Tensor:
         values: [K, d]; float32, bfloat16, float16 or float64.
         slots: [..., R], int32 or int64, each in [0, K); a slot may come twice.
         x: [..., d], any of the dtypes of values.
+        sparse_grad: what the gradient of values is, as of `gather_values`; under `torch.compile`
+            a sparse or factored one breaks the graph.
 
     Returns:
         [..., R]: <x[t], values[slots[t, r]]>, accumulated and returned in float32 (float64 if an
@@ -83,14 +87,20 @@ def sample_values(values: Tensor, slots: Tensor, x: Tensor) -> Tensor:
 
     Raises:
         TypeError: if values or x is no dense floating tensor, or slots no integer tensor.
-        ValueError: if shapes or devices do not fit, or a slot on the CPU is out of range. On a
-            GPU, where the range is not checked, the product of such a slot is NaN.
+        ValueError: if shapes or devices do not fit, sparse_grad is neither a bool nor "factored",
+            or a slot on the CPU is out of range. On a GPU, where the range is not checked, the
+            product of such a slot is NaN.
+        RuntimeError: if a factored gradient is to be differentiated again.
     """
     check_sample_values(values, slots, x)
+    check_sparse_grad(sparse_grad)
     wide = torch.float64 if torch.float64 in (values.dtype, x.dtype) else torch.float32
+    op: Any = sample
+    if sparse_grad and torch.compiler.is_compiling() and recorded(values, x):
+        op = torch.compiler.disable(sample)
     if slots.ndim == 2:
-        return sample(values, slots, x, wide)
-    return sample(values, _rows(slots), _rows(x), wide).view(slots.shape)
+        return op(values, slots, x, wide, sparse_grad)
+    return op(values, _rows(slots), _rows(x), wide, sparse_grad).view(slots.shape)
 
 
 def scatter_values(

@@ -82,6 +82,22 @@ def test_adjoints_of_the_gather():
     torch.testing.assert_close((table * values).sum(), product)
 
 
+@pytest.mark.parametrize("sparse_grad", [True, "factored"])
+def test_forms_of_the_gradient(sparse_grad):
+    values, slots, x, _ = make(40, 9, 20, 7)
+    found = []
+    for form in (False, sparse_grad):
+        leaf, token = values.clone().requires_grad_(), x.clone().requires_grad_()
+        pkm.sample_values(leaf, slots, token, form).square().sum().backward()
+        found.append((leaf.grad, token.grad))
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(found[1][0].to_dense(), found[0][0])
+    assert found[1][0].is_coalesced() if sparse_grad is True else found[1][0].reads
+    products = pkm.sample_values(values.requires_grad_(), slots, x, "factored")
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(products.square().sum(), values, create_graph=True)
+
+
 def test_leading_dimensions():
     values, slots, x, weights = make(50, 8, 12, 6)
     products, table = pkm.sample_values(values, slots, x), pkm.scatter_values(slots, weights, x, 50)
