@@ -65,14 +65,14 @@ def make_module(make: Callable[[], nn.Module]) -> nn.Module:
 
 def check_meets(x: Tensor, first: nn.Module) -> None:
     """Tokens `x` can meet the first map of a query network."""
-    if type(first) is not nn.Linear or hasattr(first, "_hf_hook"):
-        return  # adapters, quantised and offloaded maps see to dtypes and devices themselves
+    if type(first) is not nn.Linear:
+        return  # adapters and quantised maps see to dtypes and devices themselves
     weight = first.weight
+    if (x.device == weight.device and x.dtype == weight.dtype) or hasattr(first, "_hf_hook"):
+        return  # the hook brings an offloaded map to its tokens
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, but must be on {weight.device}, as the layer is")
-    if x.dtype != weight.dtype and (
-        torch.float64 in (x.dtype, weight.dtype) or not torch.is_autocast_enabled(x.device.type)
-    ):
+    if torch.float64 in (x.dtype, weight.dtype) or not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
             f"x has dtype {x.dtype}, but must have the query network's, {weight.dtype} "
             "(torch.autocast takes others)"

@@ -7,6 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops.modes import transformed
+
 
 def recomputing() -> bool:
     """Whether this forward pass is a repeated one, inside a backward pass (checkpointing)."""
@@ -131,7 +133,7 @@ class QueryBatchNorm(nn.BatchNorm1d):
         if input.is_cuda and input.shape[0] > 1:
             return _uncounted(self, input) if recomputing() else super().forward(input)
         wide = _wide(input)
-        if input.shape[0] == 1 or not _is_plain_autograd():
+        if input.shape[0] == 1 or torch.compiler.is_compiling() or transformed():
             variance, mean = torch.var_mean(wide, 0, correction=0)
             out = self._scaled(wide - mean, variance, input.dtype)
         else:
@@ -147,12 +149,14 @@ class QueryBatchNorm(nn.BatchNorm1d):
     def _by_running_statistics(self, input: Tensor) -> Tensor:
         if input.is_cuda or input.shape[0] == 0:
             return super().forward(input) if input.shape[0] else input
-        assert self.running_mean is not None
-        assert self.running_var is not None
         wide = _wide(input)
-        mean, variance = self.running_mean.to(wide.dtype), self.running_var.to(wide.dtype)
+        mean, variance = self.running_mean, self.running_var
+        assert mean is not None
+        assert variance is not None
+        if mean.dtype != wide.dtype:
+            mean, variance = mean.to(wide.dtype), variance.to(wide.dtype)
         # Torch's gradients of weight and bias depend on the number of threads.
-        normal = F.batch_norm(wide, mean, variance, None, None, False, 0.0, self.eps)
+        normal = torch.batch_norm(wide, None, None, mean, variance, False, 0.0, self.eps, False)
         return _affine(normal, self.weight, self.bias, input.dtype)
 
     def _by_masked_statistics(self, input: Tensor, mask: Tensor, *, together: bool) -> Tensor:
@@ -225,15 +229,6 @@ def _uncounted(norm: nn.Module, rows: Tensor) -> Tensor:
     return torch.func.functional_call(norm, copies, (rows,))
 
 
-def _is_plain_autograd() -> bool:
-    """Neither compiled nor under a function transform or in forward mode."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
 def _wide(rows: Tensor) -> Tensor:
     return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
 
@@ -241,6 +236,9 @@ def _wide(rows: Tensor) -> Tensor:
 def _affine(
     normal: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
+    if weight is not None and bias is not None and weight.dtype == normal.dtype:
+        out = torch.addcmul(bias, normal, weight)
+        return out if out.dtype == dtype else out.to(dtype)
     if weight is not None:
         normal = normal * weight
     if bias is not None:
