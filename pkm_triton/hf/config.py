@@ -21,7 +21,7 @@ class MemoryConfig(QuantizationConfigMixin):
     Args:
         memories: of each memory its name in the model, its kind, the arguments that make it, and
             the dtypes of those of its tensors that have not the model's.
-        shared: groups of memories, by their names, that share one table of values.
+        shared: the names of each parameter that several memories share.
         dtype: the model's.
         inner: the config of the model's own quantiser, if it has one.
     """

