@@ -38,12 +38,11 @@ def main() -> None:
         ),
     ).to(device)
     # Every rank has all values, made from one seed: what is small is what a step reads of them.
-    rest, values = pkm.param_groups(model, lr=1e-3, value_lr=1e-2)
+    values = pkm.param_groups(model)[1]["params"]
     for block in model.layers:
-        fully_shard(block, ignored_params=set(values["params"]))
-    fully_shard(model, ignored_params=set(values["params"]))
-    rest, values = pkm.param_groups(model, lr=1e-3, value_lr=1e-2)  # the sharded parameters
-    optimisers = torch.optim.AdamW([rest]), pkm.optim.SparseAdam([values])
+        fully_shard(block, ignored_params=set(values))
+    fully_shard(model, ignored_params=set(values))
+    optimiser = pkm.optim.SparseAdam(pkm.param_groups(model, lr=1e-3, value_lr=1e-2))
     data = torch.randint(0, 32, (256, 4)).repeat(1, 8).to(device)
 
     losses: list[float] = []
@@ -52,10 +51,10 @@ def main() -> None:
         logits = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()  # averages what FSDP shards
-        pkm.distributed.average_gradients(values["params"])
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad()
+        pkm.distributed.average_gradients(values)
+        pkm.optim.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
         losses.append(loss.item())
     if rank == 0:
         print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}")

@@ -17,7 +17,13 @@ from torch._compile import _disable_dynamo
 from ._backend import implementation
 from ._checks import FLOATING_DTYPES, check_integer
 from ._optimizer_options import check_flag, check_rounding
-from .gradients import FactoredGradient, Reads, check_sparse_gradient, rows_and_values
+from .gradients import (
+    FactoredGradient,
+    Reads,
+    check_sparse_gradient,
+    local,
+    rows_and_values,
+)
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -148,26 +154,27 @@ class RowOptimizer(torch.optim.Optimizer):
                     f"state {name!r} has shape {list(tensor.shape)} on {tensor.device}, but must "
                     f"have {list(shape)} on {param.device}, for its parameter"
                 )
-        return implementation(param, *weights)
+        return implementation(local(param), *weights)
 
     def _step_one(self, param: Tensor, group: dict[str, Any], index: int, functions: Any) -> None:
-        grad, state = param.grad, self._state_of(param, group)
-        assert grad is not None
+        state = self._state_of(param, group)
+        assert param.grad is not None
+        grad, mine = local(param.grad), local(param)
         number = state["step"] + 1
-        if param.numel() > 0:
-            dense = param.contiguous()
+        if mine.numel() > 0:
+            dense = mine.contiguous()
             if isinstance(grad, FactoredGradient):
-                num_rows, rows, grad_rows = param.shape[0], None, None
+                num_rows, rows, grad_rows = mine.shape[0], None, None
             elif grad.is_sparse:
-                num_rows = math.prod(param.shape[: grad.sparse_dim()])
+                num_rows = math.prod(mine.shape[: grad.sparse_dim()])
                 rows, grad_rows = rows_and_values(grad)
             else:
-                num_rows = param.shape[0] if param.ndim else 1
+                num_rows = mine.shape[0] if mine.ndim else 1
                 rows, grad_rows = None, _as_rows(grad.contiguous(), num_rows)
             step = RowStep(
                 functions,
                 _as_rows(dense, num_rows),
-                {name: _as_rows(state[name], num_rows) for name in self.state_names},
+                {name: _as_rows(local(state[name]), num_rows) for name in self.state_names},
                 number,
                 self._rounding(param, state, num_rows, group, index),
                 group,
@@ -178,8 +185,8 @@ class RowOptimizer(torch.optim.Optimizer):
                     self.update_reads(step, reads)
             elif grad_rows is not None and grad_rows.shape[0] > 0:
                 self.update_rows(step, rows, grad_rows)
-            if dense is not param:
-                param.copy_(dense)
+            if dense is not mine:
+                mine.copy_(dense)
         # Not before it is made: an interrupted step is not counted.
         if isinstance(number, Tensor):
             state["step"].copy_(number)
@@ -193,7 +200,9 @@ class RowOptimizer(torch.optim.Optimizer):
             return {}
         # Tables that draw the same random numbers would be rounded alike.
         key = hashlib.blake2b(f"{group['seed']} {index}".encode(), digest_size=8).digest()
-        master = _as_rows(state["master"], num_rows) if group["rounding"] == "master" else None
+        master = None
+        if group["rounding"] == "master":
+            master = _as_rows(local(state["master"]), num_rows)
         return {
             "stochastic_rounding": group["rounding"] == "stochastic",
             "seed": int.from_bytes(key, "big") >> 1,
@@ -216,7 +225,14 @@ class RowOptimizer(torch.optim.Optimizer):
                 state[name] = state[name].contiguous()
             else:
                 dtype = torch.float32 if param.dtype in _HALF else param.dtype
-                state[name] = param.new_zeros(self.state_shape(name, param), dtype=dtype)
+                # Of the parameter's own shape also its layout over ranks.
+                shape = self.state_shape(name, param)
+                whole = shape == param.shape
+                state[name] = (
+                    torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
+                    if whole
+                    else param.new_zeros(shape, dtype=dtype)
+                )
         if group["rounding"] == "master" and param.dtype in _HALF:
             master = state.get("master", param.detach())
             state["master"] = master.to(torch.float32).contiguous()

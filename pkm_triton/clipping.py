@@ -1,12 +1,13 @@
 """Clipping of all kinds of gradients together, by their global norm."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from .gradients import FactoredGradient, rows_and_values
+from .gradients import FactoredGradient, local, rows_and_values
 
 
 @torch.no_grad()
@@ -17,11 +18,12 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_`, for dense, sparse and factored gradients together.
+    """`torch.nn.utils.clip_grad_norm_`, for all kinds of gradients together.
 
-    The norm is that of all gradients as one vector. A sparse gradient is coalesced for it, in
-    place: the same row twice is one entry, not two. For the norm of one that is kept as its factors
-    (`sparse_grad="factored"`) its rows are made, a few columns at a time, and forgotten.
+    Dense, sparse and factored ones, and DTensors, as FSDP2 has them. The norm is that of all
+    gradients as one vector. A sparse gradient is coalesced for it, in place: the same row twice is
+    one entry, not two. For the norm of one that is kept as its factors (`sparse_grad="factored"`)
+    its rows are made, a few columns at a time, and forgotten. With DTensors all ranks must call.
 
     Args:
         parameters: those whose gradients are scaled, in place, if their norm is larger.
@@ -43,6 +45,7 @@ def clip_grad_norm_(
     if not norm_type > 0:
         raise ValueError(f"norm_type is {norm_type}, but must be above 0")
     dense: list[Tensor] = []
+    sharded: list[Any] = []
     factored: list[FactoredGradient] = []
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         grad = parameter.grad
@@ -53,11 +56,18 @@ def clip_grad_norm_(
         elif grad.is_sparse:
             grad = parameter.grad = grad if grad.is_coalesced() else _coalesced(grad)
             dense.append(grad._values())
+        elif hasattr(grad, "full_tensor"):
+            sharded.append(grad)
         else:
             dense.append(grad)
     # The norm of the norms is that of all elements.
     norms = [grad.vector_norm(norm_type) for grad in factored]
-    norm = get_total_norm(dense + norms, norm_type, error_if_nonfinite, foreach)
+    norms += [get_total_norm(dense, norm_type, foreach=foreach)] if dense else []
+    if sharded:
+        total: Any = get_total_norm(sharded, norm_type, foreach=foreach)
+        norms.append(total.full_tensor())
+        dense.extend(map(local, sharded))
+    norm = get_total_norm(norms, norm_type, error_if_nonfinite)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for device in {grad.device for grad in dense}:
         grads = [grad for grad in dense if grad.device == device]

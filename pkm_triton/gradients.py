@@ -12,8 +12,14 @@ __all__ = [
     "Reads",
     "check_sparse_gradient",
     "coalesced_gradient",
+    "local",
     "rows_and_values",
 ]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: all of it, or its shard of a DTensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_sparse_gradient(grad: Tensor) -> None:

@@ -27,7 +27,7 @@ class SparseAdam(RowOptimizer):
     row), decays weights, keeps the moments of half-precision parameters in float32, and does not
     lose their small updates to rounding. From a gradient that is kept as its factors
     (`sparse_grad="factored"`) it makes the step row by row, as the rows' gradient is made, which is
-    never stored.
+    never stored. Of a DTensor, as FSDP2 has them, each rank steps its shard.
 
     Args:
         params: parameters or parameter groups, see `param_groups`; each group may set all options

@@ -1,7 +1,10 @@
 """What each of two ranks runs under DistributedDataParallel; imported by their processes."""
 
+import functools
+
 import torch
 from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
 
 import pkm_triton as pkm
 from pkm_triton.gradients import FactoredGradient
@@ -19,14 +22,14 @@ def make_model(sparse_grad, shared=False):
     return nn.Sequential(nn.Linear(8, 8), memories[0], nn.Tanh(), memories[1])
 
 
-def train(model, parts, after_backward=lambda model: None):
+def train(model, parts, after_backward=lambda model: None, dtype=torch.float32):
     """Three steps of two backward passes, clipped; `parts`: which halves of a batch it sees."""
     optimiser = SparseAdam(model.parameters(), lr=0.05, eps=1e-3)
     for step in range(3):
         optimiser.zero_grad()
         for half in range(2):
             seed = torch.Generator().manual_seed(2 * step + half)
-            x = torch.randn(2, 5, 8, generator=seed)
+            x = torch.randn(2, 5, 8, generator=seed).to(dtype)
             # The last is averaged with what no_sync() has left before.
             last = half == 1 or not hasattr(model, "no_sync")
             with torch.enable_grad() if last else model.no_sync():
@@ -65,6 +68,29 @@ def run_rank(rank, folder):
             lambda model: pkm.distributed.average_gradients(model.parameters()),
         )
         torch.save(alone, f"{folder}/{form}-alone-{rank}.pt")
+
+
+def run_sharded(rank, folder):
+    """FSDP2 on all but the values of sparse memories, and on those of dense ones too."""
+    for form in FORMS:
+        for dtype in (torch.float32, torch.bfloat16):
+            net = make_model(form).to(dtype)
+            # In one order on all ranks.
+            values = [net[1].values, net[3].values] if form else []
+            net[0] = fully_shard(net[0])
+            net = fully_shard(net, ignored_params=set(values))
+            average = functools.partial(average_of, values)
+            trained = train(net, [rank], average, dtype=dtype)
+            whole = {name: p.full_tensor() if is_dtensor(p) else p for name, p in trained.items()}
+            torch.save(whole, f"{folder}/{form}-{dtype}-{rank}.pt")
+
+
+def average_of(parameters, _):
+    pkm.distributed.average_gradients(parameters)
+
+
+def is_dtensor(parameter):
+    return hasattr(parameter, "full_tensor")
 
 
 def run_unequal(rank, folder):

@@ -27,6 +27,22 @@ def test_two_ranks_are_as_one(tmp_path):
                 torch.testing.assert_close(ranks[0][name], parameter, msg=where)
 
 
+@pytest.mark.slow
+def test_sharded_ranks_are_as_one(tmp_path):
+    """One optimiser and one norm of shards and of gradients of every other kind."""
+    run(tmp_path, "run_sharded")
+    for form in FORMS:
+        ranks = [torch.load(tmp_path / f"{form}-torch.float32-{rank}.pt") for rank in range(2)]
+        for name, parameter in train(make_model(form), [0, 1]).items():
+            assert torch.equal(ranks[0][name], ranks[1][name]), f"{name}, {form}"
+            torch.testing.assert_close(ranks[0][name], parameter, msg=f"{name}, {form}")
+        start = dict(make_model(form).bfloat16().named_parameters())
+        half = torch.load(tmp_path / f"{form}-torch.bfloat16-0.pt")
+        for name, parameter in half.items():
+            assert parameter.isfinite().all(), name
+            assert not torch.equal(parameter, start[name]), name
+
+
 def test_ranks_that_differ(tmp_path):
     """One reads nothing; a memory is the whole model; and what is not put right is said."""
     run(tmp_path, "run_unequal", "run_refused")

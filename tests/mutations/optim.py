@@ -17,6 +17,8 @@ KERNEL = "tests/kernels/test_sparse_adam_kernel.py"
 DEVICES = "tests/package/test_devices.py"
 GROUPS = "tests/layers/test_param_groups.py"
 PARALLEL = "tests/distributed/test_data_parallel.py"
+TRAINER = "tests/trainers/test_hugging_face_trainer.py"
+LIGHTNING = "tests/trainers/test_lightning.py"
 MEMORY = "tests/ops/test_memory_bound.py"
 
 MUTATIONS: list[tuple[str, str, str, list[str]]] = [
@@ -204,4 +206,29 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
         "if bucket.index() == 1:",
         [PARALLEL],
     ),
+    # Shards, and trainers.
+    ("pkm_triton/clipping.py", "norms.append(total.full_tensor())", "pass", [PARALLEL]),
+    ("pkm_triton/clipping.py", "dense.extend(map(local, sharded))", "pass", [PARALLEL]),
+    (
+        "pkm_triton/_row_optimizer.py",
+        "grad, mine = local(param.grad), ",
+        "grad, mine = param.grad, ",
+        [PARALLEL],
+    ),
+    ("pkm_triton/hf/trainers.py", "4 * rates[0]", "rates[0]", [TRAINER]),
+    ("pkm_triton/hf/trainers.py", "int(name not in decaying)", "0", [TRAINER]),
+    (
+        "pkm_triton/hf/trainers.py",
+        "clip_grad_norm_(parameters, max_norm, norm_type)",
+        "clip_grad_norm_(parameters, 1e9, norm_type)",
+        [TRAINER],
+    ),
+    (
+        "pkm_triton/hf/trainers.py",
+        "self._averaging = average_sparse_values(model)",
+        "self._averaging = model",
+        [TRAINER],
+    ),
+    ("pkm_triton/lightning.py", "elif value:", "elif not value:", [LIGHTNING]),
+    ("pkm_triton/lightning.py", 'if algorithm != "norm":', "if False:", [LIGHTNING]),
 ]
