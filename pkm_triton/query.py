@@ -20,6 +20,8 @@ class QueryNetwork(nn.Module):
 
     Batch norm on the query spreads the reads over the memory (paper 4.5, Table 2). It works on all
     H · d_q features, so each head has statistics of its own; masked tokens are left out of them.
+    Same inputs, same bits; on a CPU for any number of threads, but where the BLAS library splits a
+    matrix product of few tokens (5 to 7 were seen) between threads.
 
     Args:
         dim: width of a token.

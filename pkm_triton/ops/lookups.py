@@ -136,7 +136,8 @@ def flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
     Returns:
         scores [..., H, top_k], descending, float32 (float64 if an input is float64), and slots
         [..., H, top_k], int32, with the guarantees of `product_key_topk`, derivatives included.
-        Never holds all scores at once.
+        Never holds all scores at once. On a CPU the scores are the BLAS library's, whose bits may
+        depend on the number of threads for few tokens (5 to 7 were seen to).
 
     Raises:
         TypeError: if an argument is no floating tensor, or top_k no integer.

@@ -46,7 +46,7 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     ),
     (
         "pkm_triton/batch_norm.py",
-        "normal = F.batch_norm(wide, mean, variance, None, None, False, 0.0, self.eps)",
+        "normal = torch.batch_norm(wide, None, None, mean, variance, False, 0.0, self.eps, False)",
         "return super().forward(input)",
         [NORMS],
     ),
