@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import distributed, optim, transformer
+    from . import distributed, optim, presets, transformer
     from . import hf as hf
     from ._backend import backend, use_backend
     from .checkpoints import load_with_memory, save_with_memory
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from .query import QueryNetwork, synchronise_batch_norm
     from .replace import replace_ffn
+    from .sharing import share_values
     from .training import param_groups, track_usage
     from .usage import MemoryUsage
 
@@ -42,11 +43,13 @@ __all__ = [
     "load_with_memory",
     "optim",
     "param_groups",
+    "presets",
     "product_key_topk",
     "replace_ffn",
     "sample_values",
     "save_with_memory",
     "scatter_values",
+    "share_values",
     "synchronise_batch_norm",
     "track_usage",
     "transformer",
@@ -54,7 +57,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "": ["distributed", "optim", "transformer"],
+    "": ["distributed", "optim", "presets", "transformer"],
     "_backend": ["backend", "use_backend"],
     "checkpoints": ["load_with_memory", "save_with_memory"],
     "experts": ["ProductKeyExperts"],
@@ -68,6 +71,7 @@ _MODULES = {
     ],
     "query": ["QueryNetwork", "synchronise_batch_norm"],
     "replace": ["replace_ffn"],
+    "sharing": ["share_values"],
     "training": ["param_groups", "track_usage"],
     "usage": ["MemoryUsage"],
 }

@@ -2,7 +2,8 @@
 
 import math
 import operator
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -194,6 +195,13 @@ def check_sparse_grad(sparse_grad: SparseGrad, name: str = "sparse_grad") -> Spa
     if sparse_grad != "factored" and not isinstance(sparse_grad, bool):
         raise ValueError(f"{name} is {sparse_grad!r}, but must be True, False or 'factored'")
     return sparse_grad
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """`value` is one of those allowed."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}")
 
 
 def check_mask(mask: Tensor, x: Tensor) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from ._checks import check_choice
 from .memory import ProductKeyMemory
 from .ops import sample_values
 from .ops.expert_functions import ACTIVATIONS, Activation, gather_experts
@@ -36,6 +37,8 @@ class ProductKeyExperts(ProductKeyMemory):
         ValueError: likewise, or if activation or gate is unknown.
     """
 
+    table_names = ("inputs", "values")
+
     def __init__(
         self,
         dim: int,
@@ -45,22 +48,13 @@ class ProductKeyExperts(ProductKeyMemory):
         gate: Gate = "softmax",
         **options: Any,
     ) -> None:
-        for name, value, allowed in (
-            ("activation", activation, tuple(ACTIVATIONS)),
-            ("gate", gate, get_args(Gate)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(allowed)}")
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("gate", gate, get_args(Gate))
         super().__init__(dim, value_dim, **options)
         self.activation: Activation = activation
         self.gate: Gate = gate
         self.inputs = nn.Parameter(self.values.new_empty(self.num_slots, self.dim))
         nn.init.normal_(self.inputs, std=self.dim**-0.5)
-
-    @property
-    def tables(self) -> tuple[nn.Parameter, ...]:
-        """The tables of which a token reads rows."""
-        return (self.inputs, self.values)
 
     def _reset_memory(self) -> None:
         super()._reset_memory()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ._checks import (
     SparseGrad,
+    check_choice,
     check_integer,
     check_mask,
     check_sparse_grad,
@@ -19,6 +20,8 @@ from ._layer_checks import check_device, check_dtype
 from ._module import HostedModule
 from ._padding import real_tokens
 from .batch_norm import recomputing
+from .gated_output import MemoryOutput, Output
+from .norms import LengthNorm, ScaledNorm
 from .ops import flat_key_topk, gather_values, product_key_topk
 from .query import QueryNetwork, QueryNorm
 from .usage import MemoryUsage
@@ -28,6 +31,7 @@ class _KeyValueMemory(HostedModule, ABC):
     """What both layers share: a query network, keys, and one table of values for all heads."""
 
     keys_name: ClassVar[str]
+    table_names: ClassVar[tuple[str, ...]] = ("values",)
 
     def __init__(
         self,
@@ -40,6 +44,8 @@ class _KeyValueMemory(HostedModule, ABC):
         query_dim: int = 512,
         query_norm: QueryNorm = "batch",
         query_hidden: Sequence[int] = (),
+        key_norm: LengthNorm | None = None,
+        output: Output = None,
         sparse_grad: SparseGrad = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -55,6 +61,8 @@ class _KeyValueMemory(HostedModule, ABC):
         if self.query_dim % 2:
             raise ValueError(f"query_dim is {query_dim}, but must be even: a query has two halves")
         self.sparse_grad: SparseGrad = check_sparse_grad(sparse_grad)
+        check_choice("key_norm", key_norm, ("rms", "l2", None))
+        check_choice("output", output, ("gated", "linear", None))
         check_dtype(dtype)
         check_device(device)
         self.usages: list[MemoryUsage] = []
@@ -67,6 +75,12 @@ class _KeyValueMemory(HostedModule, ABC):
         self.values = nn.Parameter(
             torch.empty(self.num_slots, self.value_dim, device=device, dtype=dtype)
         )
+        self.key_norm = self.output = None
+        if key_norm is not None:
+            self.key_norm = ScaledNorm(keys.shape[-1], key_norm, 1.0, device=device, dtype=dtype)
+        if output is not None:
+            self.output = MemoryOutput(dim, self.value_dim, output, device=device, dtype=dtype)
+        self.out_dim = self.value_dim if output is None else self.dim
         self._reset_memory()
 
     @abstractmethod
@@ -80,6 +94,9 @@ class _KeyValueMemory(HostedModule, ABC):
         bound = keys.shape[-1] ** -0.5
         nn.init.uniform_(keys, -bound, bound)
         nn.init.normal_(self.values, std=self.value_dim**-0.5)
+        for module in (self.key_norm, self.output):
+            if module is not None:
+                module.reset_parameters()
 
     def _initialise(self, loaded: set[Tensor]) -> None:
         if loaded.isdisjoint((*self.query_net.parameters(), *self.query_net.buffers())):
@@ -89,7 +106,11 @@ class _KeyValueMemory(HostedModule, ABC):
     @property
     def tables(self) -> tuple[nn.Parameter, ...]:
         """The tables of which a token reads a few rows."""
-        return (self.values,)
+        return tuple(getattr(self, name) for name in self.table_names)
+
+    def _keys(self) -> Tensor:
+        keys = getattr(self, self.keys_name)
+        return keys if self.key_norm is None else self.key_norm(keys)
 
     def reset_parameters(self) -> None:
         """Initialise all parameters anew.
@@ -155,7 +176,7 @@ class _KeyValueMemory(HostedModule, ABC):
                 knows of padding.
 
         Returns:
-            [..., value_dim], in the dtype of `values`.
+            [..., out_dim], in the dtype of `values`.
 
         Raises:
             TypeError: if x is no floating tensor, or not of the parameters' dtype outside
@@ -170,7 +191,8 @@ class _KeyValueMemory(HostedModule, ABC):
         if self.usages and not recomputing():
             for usage in self.usages:
                 usage.add(slots, weights)
-        return self._read(x, mask, slots.flatten(-2), weights.flatten(-2))
+        out = self._read(x, mask, slots.flatten(-2), weights.flatten(-2))
+        return out if self.output is None else self.output(out, x, mask)
 
     def _read(self, x: Tensor, mask: Tensor | None, slots: Tensor, weights: Tensor) -> Tensor:
         """The output [..., value_dim] of tokens x that read slots [..., R] by weights [..., R]."""
@@ -178,6 +200,8 @@ class _KeyValueMemory(HostedModule, ABC):
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that make a layer of this kind and these sizes, as plain data."""
+        # What is not set is left out, as it is in files of before these options.
+        parts = {"key_norm": self.key_norm, "output": self.output}
         return {
             "dim": self.dim,
             "value_dim": self.value_dim,
@@ -188,6 +212,7 @@ class _KeyValueMemory(HostedModule, ABC):
             "query_norm": self.query_net.norm_name,
             "query_hidden": list(self.query_net.hidden),
             "sparse_grad": self.sparse_grad,
+            **{name: part.kind for name, part in parts.items() if part is not None},
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -218,8 +243,12 @@ class ProductKeyMemory(_KeyValueMemory):
         heads: heads, H.
         top_k: slots read a head, k; 1 <= k <= N².
         query_dim: width of a query a head, d_q; even.
-        query_norm: normalisation of the query: "batch" (the paper's), "layer" or None.
+        query_norm: normalisation of the query: "batch" (the paper's), "layer", "rms" or "l2" (over
+            a head's query, with a learned scale) or None.
         query_hidden: hidden widths of the query network; () makes it linear.
+        key_norm: normalisation of each (sub-)key, with a learned scale: "rms", "l2" or None.
+        output: what follows the sum m of values: "gated", W_v(m · silu(W_s x)) as in Memory+
+            (Berges et al. 2024); "linear", W_v m; or None. The output then is as wide as a token.
         sparse_grad: what the gradient of `values` is: dense (False), sparse (True), or "factored",
             for `optim.SparseAdam` alone (see `gather_values`).
         device: of the parameters.
@@ -228,8 +257,11 @@ class ProductKeyMemory(_KeyValueMemory):
     Attributes:
         query_net: the query network; [..., dim] to [..., H, d_q].
         subkeys: parameter [H, 2, N, d_q / 2].
-        values: parameter [N², value_dim], shared by all heads. Layers may share it: assign one
-            layer's parameter to another.
+        values: parameter [N², value_dim], shared by all heads. Layers may share it: see
+            `share_values`.
+        key_norm: the norm of the keys, or None.
+        output: what follows the sum of values, a `MemoryOutput`, or None.
+        out_dim: width of the output.
         usages: the `MemoryUsage`s that are shown every read of a forward pass (see `track_usage`);
             a pass that checkpointing repeats is shown once.
         layer_mask: the mask of the attention beside the memory, for the next call, which takes it
@@ -237,8 +269,8 @@ class ProductKeyMemory(_KeyValueMemory):
 
     Raises:
         TypeError: if a size is no integer, query_hidden no sequence, or dtype no floating dtype.
-        ValueError: if a size is out of range, query_dim is odd, query_norm unknown, or there is no
-            such device.
+        ValueError: if a size is out of range, query_dim is odd, query_norm, key_norm or output
+            unknown, or there is no such device.
     """
 
     keys_name = "subkeys"
@@ -248,7 +280,7 @@ class ProductKeyMemory(_KeyValueMemory):
         return (self.heads, 2, self.num_subkeys, self.query_dim // 2)
 
     def _topk(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        return product_key_topk(query, self.subkeys, self.top_k)
+        return product_key_topk(query, self._keys(), self.top_k)
 
 
 class FlatKeyMemory(_KeyValueMemory):
@@ -265,4 +297,4 @@ class FlatKeyMemory(_KeyValueMemory):
         return (self.heads, self.num_slots, self.query_dim)
 
     def _topk(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        return flat_key_topk(query, self.keys, self.top_k)
+        return flat_key_topk(query, self._keys(), self.top_k)

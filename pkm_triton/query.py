@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ._checks import check_integer, check_tensor
+from ._checks import check_choice, check_integer, check_tensor
 from ._layer_checks import check_device, check_dtype, check_meets, check_module, check_widths
 from .batch_norm import QueryBatchNorm, QueryLayerNorm, batch_norm
+from .norms import ScaledNorm
 
-QueryNorm = Literal["batch", "layer"] | None
+QueryNorm = Literal["batch", "layer", "rms", "l2"] | None
 
 
 class QueryNetwork(nn.Module):
@@ -27,7 +28,8 @@ class QueryNetwork(nn.Module):
         dim: width of a token.
         heads: queries a token.
         query_dim: width of a query, d_q.
-        norm: "batch", "layer" (over a head's d_q features) or None.
+        norm: "batch"; over a head's d_q features "layer", "rms" or "l2", to which a query starts
+            with the length √d_q and a learned scale; or None.
         hidden: widths of hidden layers; () for a linear map.
         device: of the parameters.
         dtype: of the parameters.
@@ -55,8 +57,7 @@ class QueryNetwork(nn.Module):
         self.hidden = check_widths("query_hidden", hidden)
         check_dtype(dtype)
         check_device(device)
-        if norm not in ("batch", "layer", None):
-            raise ValueError(f"query_norm is {norm!r}, but must be 'batch', 'layer' or None")
+        check_choice("query_norm", norm, ("batch", "layer", "rms", "l2", None))
         widths = [self.dim, *self.hidden]
         layers: list[nn.Module] = []
         for width, next_width in zip(widths, [*widths[1:], heads * query_dim], strict=True):
@@ -70,14 +71,18 @@ class QueryNetwork(nn.Module):
             self.norm = QueryBatchNorm(heads * query_dim, device=device, dtype=dtype)
         elif norm == "layer":
             self.norm = QueryLayerNorm(query_dim, device=device, dtype=dtype)
+        elif norm is not None:
+            length = query_dim**0.5
+            self.norm = ScaledNorm(query_dim, norm, length, device=device, dtype=dtype)
         else:
             self.norm = nn.Identity()
 
     def reset_parameters(self) -> None:
         """Initialise all parameters anew, as torch.nn does."""
         for module in (*self.layers, self.norm):
-            if isinstance(module, (nn.Linear, nn.LayerNorm, nn.modules.batchnorm._BatchNorm)):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Queries [..., H, d_q] of tokens x [..., dim]; mask [...] is False where x is padding.

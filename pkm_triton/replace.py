@@ -95,14 +95,14 @@ def replace_ffn(
 def _check_fits(layer: nn.Module, ffn: str, memory: _KeyValueMemory) -> None:
     """The memory has the widths of the FFN it is to replace."""
     if not isinstance(layer, _TORCH_LAYERS):
-        check_widths(layer, ffn, memory.dim, memory.value_dim)
+        check_widths(layer, ffn, memory.dim, memory.out_dim)
         return
     first, last = layer.linear1, layer.linear2
     if isinstance(first, nn.Linear) and isinstance(last, nn.Linear):
         widths = first.in_features, last.out_features
-        if (memory.dim, memory.value_dim) != widths:
+        if (memory.dim, memory.out_dim) != widths:
             raise ValueError(
-                f"the memory maps width {memory.dim} to {memory.value_dim}, but the feed-forward "
+                f"the memory maps width {memory.dim} to {memory.out_dim}, but the feed-forward "
                 f"block that it is to replace maps {widths[0]} to {widths[1]}"
             )
 

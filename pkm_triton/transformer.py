@@ -193,7 +193,7 @@ class Transformer(nn.Module):
     def _memory(self, make: Callable[[], nn.Module]) -> nn.Module:
         memory = make_module(make)
         if isinstance(memory, _KeyValueMemory):
-            widths = (memory.dim, memory.value_dim)
+            widths = (memory.dim, memory.out_dim)
             if widths != (self.dim, self.dim):
                 raise ValueError(
                     f"make_memory makes a memory from width {widths[0]} to {widths[1]}, but both "

@@ -169,9 +169,9 @@ def test_compiled():
     [
         (
             {"activation": "tanh"},
-            "activation is 'tanh', but must be one of gelu, silu, relu, relu2",
+            "activation is 'tanh', but must be one of 'gelu', 'silu'",
         ),
-        ({"gate": None}, "gate is None, but must be one of softmax, relu"),
+        ({"gate": None}, "gate is None, but must be one of 'softmax', 'relu'"),
         ({"top_k": 26}, "top_k is 26"),
     ],
 )
