@@ -48,7 +48,10 @@ def hand_on_padding(model: nn.Module, place: str, memory: nn.Module) -> None:
         for module in layer.modules():
             if module in inside:
                 continue
-            names = list(inspect.signature(module.forward).parameters)
+            try:
+                names = list(inspect.signature(module.forward).parameters)
+            except (TypeError, ValueError):
+                continue  # a scripted module tells none
             for name in _NAMES:
                 if name in names:
                     if not any(isinstance(h, _HandOn) for h in module._forward_pre_hooks.values()):
@@ -57,7 +60,7 @@ def hand_on_padding(model: nn.Module, place: str, memory: nn.Module) -> None:
                     return
 
 
-def real_tokens(mask: Any, tokens: torch.Size) -> Tensor | None:
+def real_tokens(mask: Any, tokens: torch.Size, *, training: bool) -> Tensor | None:
     """Which tokens of x [*tokens, dim] are real, by the mask of an attention.
 
     Args:
@@ -65,31 +68,35 @@ def real_tokens(mask: Any, tokens: torch.Size) -> Tensor | None:
             (or without heads), True or about 0 where a token sees another, False or very negative
             where not. A token is real if it sees itself.
         tokens: [B, T].
+        training: whether the memory is being trained. Only then is it known where the tokens are
+            among S > T: last, after a prefix; a cache for generation may have room after them.
 
     Returns:
-        bool [B, T]; None where the mask does not tell: there is none, or S is not T.
+        bool [B, T]; None where the mask does not tell, or there is none.
     """
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
-        warnings.warn(
-            f"padding is not left out of the memories' batch statistics: the mask is a "
-            f"{type(mask).__name__}; query_norm='layer' needs no mask",
-            stacklevel=3,
-        )
+        if training:
+            warnings.warn(
+                f"padding is not left out of the memories' batch statistics: the mask is a "
+                f"{type(mask).__name__}; query_norm='layer' needs no mask",
+                stacklevel=3,
+            )
         return None
     if mask.ndim == 2 and mask.shape == tokens:
         return mask if mask.dtype == torch.bool else mask != 0
-    if len(tokens) != 2 or mask.ndim < 2:
+    if len(tokens) != 2 or mask.ndim < 2 or mask.shape[-1] < tokens[1]:
         return None
     length = tokens[1]
     if mask.ndim == 2:
-        if mask.shape[1] < length:
-            return None
         seen = mask[:, -length:] != 0
     else:
-        seen = mask.flatten(1, -3)[:, 0]  # [B or 1, T or 1, S]
-        if seen.shape[-1] != length or seen.shape[-2] not in (1, length):
+        if mask.shape[-1] > length and not training:
+            return None
+        seen = mask if mask.ndim == 3 else mask.flatten(1, -3)[:, 0]
+        seen = seen[..., -length:]  # [B or 1, T or 1, T]
+        if seen.shape[-2] not in (1, length):
             return None
         seen = seen[:, 0] if seen.shape[-2] == 1 else seen.diagonal(dim1=-2, dim2=-1)
         if seen.is_floating_point():

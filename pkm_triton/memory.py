@@ -185,7 +185,8 @@ class _KeyValueMemory(HostedModule, ABC):
         """
         if self.layer_mask is not None:
             if mask is None and isinstance(x, Tensor):
-                mask = real_tokens(self.layer_mask, x.shape[:-1])
+                batch_norm = self.training and self.query_net.norm_name == "batch"
+                mask = real_tokens(self.layer_mask, x.shape[:-1], training=batch_norm)
             self.layer_mask = None
         weights, slots = self.lookup(x, mask)
         if self.usages and not recomputing():

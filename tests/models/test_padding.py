@@ -174,13 +174,35 @@ def test_generation_with_a_cache():
     assert torch.equal(both[0, 6:], alone[0, 4:])
 
 
+def real(mask, *tokens, training=False):
+    return real_tokens(mask, torch.Size(tokens), training=training)
+
+
 def test_masks_that_do_not_tell():
-    tokens = torch.Size([2, 4])
-    assert real_tokens(None, tokens) is None
-    assert real_tokens(torch.ones(2, 1, 4, 9) > 0, tokens) is None  # a cache of another length
-    assert real_tokens(torch.ones(2, 3), tokens) is None
-    assert real_tokens(torch.ones(2, 1, 4, 4) > 0, torch.Size([8])) is None
-    longer = torch.tensor([[0, 0, 1, 1, 0], [1, 1, 1, 1, 1]])
-    assert torch.equal(real_tokens(longer, tokens), longer[:, 1:] == 1)
+    assert real(None, 2, 4) is None
+    assert real(torch.ones(2, 1, 4, 9) > 0, 2, 4) is None  # a cache with room after the tokens
+    assert real(torch.ones(2, 3), 2, 4) is None
+    assert real(torch.ones(2, 1, 3, 4) > 0, 2, 4) is None
+    assert real(torch.ones(2, 1, 4, 4) > 0, 8) is None
+    assert real(object(), 2, 4) is None
     with pytest.warns(UserWarning, match="padding is not left out of .* the mask is a object"):
-        assert real_tokens(object(), tokens) is None
+        assert real(object(), 2, 4, training=True) is None
+
+
+def test_tokens_after_a_prefix():
+    longer = torch.tensor([[0, 0, 1, 1, 0], [1, 1, 1, 1, 1]])
+    assert torch.equal(real(longer, 2, 4), longer[:, 1:] == 1)
+    square = torch.ones(5, 5).tril()[1:].bool() & (longer[:, None, None, :] == 1)
+    assert torch.equal(real(square, 2, 4, training=True), longer[:, 1:] == 1)
+    added = torch.zeros(square.shape).masked_fill(~square, torch.finfo(torch.float32).min)
+    assert torch.equal(real(added, 2, 4, training=True), longer[:, 1:] == 1)
+
+
+def test_masks_of_several_kinds():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    expected = mask == 1
+    assert torch.equal(real(mask, 2, 3), expected)
+    assert torch.equal(real(mask.float(), 2, 3), expected)
+    assert torch.equal(real(expected[:, None, None, :], 2, 3), expected)  # each token sees the same
+    assert torch.equal(real(expected[:, None, :].expand(2, 3, 3), 2, 3), expected)  # without heads
+    assert real(torch.ones(1, 1, 3, 3).tril() > 0, 2, 3).all()  # one mask for the batch
