@@ -3,6 +3,7 @@
 Its folders, each of which imports from those below it alone:
 
     sweep       presets, predictions, running a grid, the command
+    op          one op at a time, beside another checkout
     check       the proof on a machine; needs torch and triton alone
     report      tables, pictures, comparisons, the paper's figures
     measure     timing, memory, workloads, baselines, roofline

@@ -7,6 +7,7 @@ import sys
 _COMMANDS = {
     "sweep": ("sweep.command", "measure a grid of points, and plot it (the main job)"),
     "check": ("check.command", "prove the library on this machine, with torch and triton alone"),
+    "op": ("op.command", "time one op, side by side with another checkout"),
     "plot": ("report.plot", "make the tables and pictures again from a CSV"),
     "compare": ("report.compare", "ratios of the medians of two CSVs"),
     "study": ("studies.command", "repeat a study of the paper: train, time, tables and figures"),

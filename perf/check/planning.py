@@ -11,7 +11,7 @@ import torch
 import pkm_triton as pkm
 from pkm_triton.perf.records.files import ensure_writable
 
-from . import lookups, machinery, reads, speed, steps
+from . import lookups, machinery, reads, speed, steps, tables
 from .outcome import Check
 from .plants import plant
 from .setting import Setting
@@ -88,7 +88,7 @@ def make_checks(
     """
     interpreted = pkm.backend() == "triton" and device.type == "cpu"
     setting = Setting(device, device.type != "cuda", quick, interpreted)
-    modules = [lookups, reads, steps, machinery]
+    modules = [lookups, reads, tables, steps, machinery]
     checks = [check for module in modules for check in module.checks(setting)]
     if with_speed:
         checks += speed.checks(setting)

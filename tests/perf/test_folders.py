@@ -8,6 +8,7 @@ import pytest
 PERF = Path(__file__).parents[2] / "perf"
 BELOW = {
     "sweep": {"report", "measure", "records"},
+    "op": {"check", "measure", "records"},
     "check": {"measure", "records"},
     "studies": {"report", "measure", "records"},
     "report": {"measure", "records"},
