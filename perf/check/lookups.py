@@ -165,7 +165,7 @@ def _judge(query: Tensor, keys: Tensor, scores: Tensor, slots: Tensor) -> Outcom
     cost = errors.abs().max()
 
     def judged(oracle: Tensor, note: str) -> Outcome:
-        return compare(scores, oracle, (oracle + cost).float(), note)
+        return compare(scores, oracle, (oracle + cost).float(), note=note)
 
     return worst(
         [
@@ -215,7 +215,9 @@ def _gradients(setting: Setting, case: Case, dtype: torch.dtype) -> Outcome:
     oracle, same = by_torch(torch.float64), by_torch(torch.float32)
     return worst(
         [
-            compare(gradient, exact, setting.round(plain, dtype), f"the gradient of the {name}")
+            compare(
+                gradient, exact, setting.round(plain, dtype), note=f"the gradient of the {name}"
+            )
             for name, gradient, exact, plain in zip(
                 ("query", "keys"), found, oracle, same, strict=True
             )

@@ -96,7 +96,7 @@ def _compiled(setting: Setting) -> Outcome:
     # The query's product may be another kernel: what is selected may differ in a tie of rounding.
     names = ("output", "values")
     outcomes = [
-        compare(compiled[name], eager[name].double(), eager[name], f"{name}, compiled")
+        compare(compiled[name], eager[name].double(), eager[name], note=f"{name}, compiled")
         for name in names
     ]
     failed = [outcome for outcome in outcomes if outcome.status != PASS]

@@ -17,13 +17,14 @@ def rounding_floor(oracle: Tensor, dtype: torch.dtype) -> float:
     return 2 * ((rounded + 0.3 - 0.3) - rounded).double().abs().max().item()
 
 
-def compare(actual: Tensor, oracle: Tensor, same_precision: Tensor, note: str = "") -> Outcome:
+def compare(actual: Tensor, oracle: Tensor, *same_precision: Tensor, note: str = "") -> Outcome:
     """The largest error is at most twice that of PyTorch in the same precision, plus a floor.
 
     Args:
         actual: what is checked.
         oracle: the same in float64.
-        same_precision: the same by plain PyTorch, of the precision that `actual` promises.
+        same_precision: the same by plain PyTorch, of the precision that `actual` promises; where
+            it may be summed in several orders, once for each, and the worst counts.
         note: says what was compared, where it fails.
     """
     if actual.shape != oracle.shape:
@@ -41,8 +42,8 @@ def compare(actual: Tensor, oracle: Tensor, same_precision: Tensor, note: str = 
     if oracle.numel() == 0:
         return Outcome(PASS, 0.0, 0.0)
     error = (actual - oracle).abs().max().item()
-    allowed = 2 * (same_precision.double()[finite] - oracle).abs().max().item()
-    allowed += rounding_floor(oracle, same_precision.dtype)
+    errors = [(each.double()[finite] - oracle).abs().max().item() for each in same_precision]
+    allowed = 2 * max(errors) + rounding_floor(oracle, same_precision[0].dtype)
     passed = error <= allowed
     return Outcome(PASS if passed else FAIL, error, allowed, "" if passed else note)
 
@@ -92,3 +93,27 @@ def scores_of_slots(query: Tensor, keys: Tensor, slots: Tensor) -> Tensor:
 def gathered(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     """The weighted sums of rows, [T, d_v], in the precision of the values (paper equation 3)."""
     return torch.einsum("trd,tr->td", values[slots.long()], weights)
+
+
+def gather_in_order(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """`gathered`, one read added after the other, as `F.embedding_bag` does."""
+    total = values.new_zeros(slots.shape[0], values.shape[1])
+    for read in range(slots.shape[1]):
+        total += values[slots[:, read].long()] * weights[:, read, None]
+    return total
+
+
+def sample_in_order(values: Tensor, slots: Tensor, x: Tensor) -> Tensor:
+    """The products [T, R] of tokens with the rows they read, one column after the other."""
+    total = values.new_zeros(slots.shape)
+    rows = slots.long()
+    for column in range(values.shape[1]):
+        total += values[:, column][rows] * x[:, column, None]
+    return total
+
+
+def scatter_in_order(slots: Tensor, weights: Tensor, x: Tensor, num_slots: int) -> Tensor:
+    """The sums [K, d] of the weighted tokens that read each row."""
+    table = x.new_zeros(num_slots, x.shape[1])
+    terms = weights[..., None] * x[:, None]
+    return table.index_add(0, slots.flatten().long(), terms.flatten(0, 1))

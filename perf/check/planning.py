@@ -36,6 +36,8 @@ def prepared(backend: str, planted: str | None) -> Iterator[torch.device]:
     with pkm.use_backend("triton" if backend == "triton" else "torch"), warnings.catch_warnings():
         # NumPy's, of the NaN and infinities that the interpreter is given.
         warnings.simplefilter("ignore", RuntimeWarning)
+        # torch's own, where it traces a Function.
+        warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
         yield device
 
 

@@ -64,6 +64,20 @@ def _loses_a_sparse_row(result: Any, arguments: tuple[Any, ...]) -> Any:
     return (rows, grad_rows, *rest)
 
 
+def _drops_a_column(result: Tensor, arguments: tuple[Any, ...]) -> Any:
+    """The last column of the rows is left out of the products."""
+    values, slots, x = arguments[:3]
+    last = values[slots.long(), -1].float() * x[:, -1:].float()
+    return (result.float() - last).to(result.dtype)
+
+
+def _loses_the_last_row(result: Tensor, arguments: tuple[Any, ...]) -> Any:
+    result = result.clone()
+    rows = arguments[0].max().long()
+    result[rows] = 0
+    return result
+
+
 class _Drifts:
     """Other bits at every call, as a sum in no fixed order."""
 
@@ -91,6 +105,8 @@ PLANTS: dict[str, tuple[tuple[str, ...], Wrong]] = {
     "gather-drops-a-read": (("gather_values",), _drops_a_read),
     "gather-rounds-sums": (("gather_values",), _rounds_sums),
     "gather-drifts": (("gather_values",), _Drifts()),
+    "sample-drops-a-column": (("sample_values",), _drops_a_column),
+    "scatter-loses-a-row": (("scatter_values",), _loses_the_last_row),
     "dense-gradient-loses-a-row": (("gather_values_backward",), _loses_a_row),
     "sparse-gradient-loses-a-row": (("gather_values_backward_sparse",), _loses_a_sparse_row),
     "step-forgets-the-second-moment": (("sparse_adam",), _skips_the_last_row),

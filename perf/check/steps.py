@@ -61,7 +61,7 @@ def _steps(setting: Setting, dtype: torch.dtype, kind: bool | str, rounding: str
         return _neighbours(values.detach(), start, gradients, everywhere)
     exact = _adam(start, gradients, torch.float64, everywhere)
     plain = _adam(start, gradients, torch.float32, everywhere).to(dtype)
-    return compare(values.detach(), exact, plain, "the parameter")
+    return compare(values.detach(), exact, plain, note="the parameter")
 
 
 def _table_gradient(values: Tensor, slots: Tensor, weights: Tensor, grad: Tensor) -> Tensor:

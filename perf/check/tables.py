@@ -8,14 +8,22 @@ from torch import Tensor
 
 import pkm_triton as pkm
 
-from .oracle import compare, gathered, scores_of_slots, worst
+from .oracle import (
+    compare,
+    gather_in_order,
+    gathered,
+    sample_in_order,
+    scatter_in_order,
+    scores_of_slots,
+    worst,
+)
 from .outcome import FAIL, Check, Outcome
 from .reads import Case
 from .setting import DTYPES, Setting, dtype_name
 
 SAMPLE, SCATTER, SECOND = "Sample", "Scatter", "Second derivatives"
 _LARGE = [Case(1024, 64, 65_536, 1024), Case(1, 128, 50_000, 1000), Case(333, 33, 400, 33)]
-_SMALL = [Case(6, 8, 20, 33), Case(1, 3, 5, 1000)]
+_SMALL = [Case(40, 16, 50, 33), Case(1, 200, 50, 1000)]
 
 Tensors = tuple[Tensor, ...]
 
@@ -41,9 +49,13 @@ def _compared(
     leaves: Tensors,
     ours: Callable[..., Tensor],
     formula: Callable[..., Tensor],
-    grad: Tensor | None,
+    in_order: Callable[..., Tensors],
+    grad: Tensor,
 ) -> Outcome:
-    """An output and its gradients beside those of a formula in float64 and in float32."""
+    """An output and its gradients beside those of a formula in float64 and in float32.
+
+    `in_order` makes the same from the leaves and the output's gradient, summing in order.
+    """
 
     def derive(function: Callable[..., Tensor], inputs: Tensors, upstream: Tensor) -> Tensors:
         out = function(*inputs)
@@ -55,17 +67,23 @@ def _compared(
 
     leaves = tuple(leaf.requires_grad_() for leaf in leaves)
     out = ours(*leaves)
-    upstream = torch.ones(out.shape, device=out.device) if grad is None else grad
+    upstream = grad.to(out.dtype)  # rounded once, for all
     if out.is_sparse:
-        # Its gradient is that of its rows: the same upstream, which is dense.
         found: Tensors = (out.detach().to_dense(),)
     else:
-        found = (out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype)))
+        found = (out.detach(), *torch.autograd.grad(out, leaves, upstream))
+    plain = zip(
+        by_torch(torch.float32),
+        in_order(*(leaf.detach().float() for leaf in leaves), upstream.float()),
+        strict=True,
+    )
     return worst(
         [
-            compare(each.to_dense(), exact, setting.round(plain, each.dtype), name)
-            for name, each, exact, plain in zip(
-                names, found, by_torch(torch.float64), by_torch(torch.float32), strict=False
+            compare(
+                each.to_dense(), exact, *(setting.round(p, each.dtype) for p in both), note=name
+            )
+            for name, each, exact, both in zip(
+                names, found, by_torch(torch.float64), plain, strict=False
             )
         ]
     )
@@ -82,6 +100,11 @@ def _sample(setting: Setting, case: Case, dtype: torch.dtype) -> Outcome:
         ),
         lambda values, x: pkm.sample_values(values, slots, x),
         lambda values, x: torch.einsum("trd,td->tr", values[slots.long()], x),
+        lambda values, x, grad: (
+            sample_in_order(values, slots, x),
+            scatter_in_order(slots, grad, x, case.slots),
+            gather_in_order(values, slots, grad),
+        ),
         setting.randn(case.tokens, case.reads, seed=7),
     )
 
@@ -90,7 +113,7 @@ def _scatter(setting: Setting, case: Case, dtype: torch.dtype, sparse: bool) -> 
     slots = setting.randint(case.slots, (case.tokens, case.reads), seed=4)
 
     def formula(weights: Tensor, x: Tensor) -> Tensor:
-        terms = weights[..., None] * x[:, None]
+        terms = torch.einsum("tr,td->trd", weights, x)
         table = x.new_zeros(case.slots, case.width)
         return table.index_add(0, slots.flatten().long(), terms.flatten(0, 1))
 
@@ -113,6 +136,11 @@ def _scatter(setting: Setting, case: Case, dtype: torch.dtype, sparse: bool) -> 
         ),
         ours,
         formula,
+        lambda weights, x, grad: (
+            scatter_in_order(slots, weights, x, case.slots),
+            sample_in_order(grad, slots, x),
+            gather_in_order(grad, slots, weights),
+        ),
         setting.randn(case.slots, case.width, seed=7),
     )
 
@@ -130,18 +158,23 @@ def _second(
         out = function(*inputs)
         upstream = setting.randn(*out.shape, seed=50).to(out.dtype)
         first = torch.autograd.grad(out, inputs, upstream, create_graph=True)
-        product = sum(
-            (each * setting.randn(*each.shape, seed=51 + place).to(each.dtype)).sum()
-            for place, each in enumerate(first)
-        )
-        return torch.autograd.grad(product, inputs)
+        fixed = [
+            setting.randn(*each.shape, seed=51 + number).to(each.dtype)
+            for number, each in enumerate(first)
+        ]
+        return torch.autograd.grad(first, inputs, fixed)
 
     def copies(precision: torch.dtype) -> Tensors:
         return tuple(leaf.detach().to(precision).requires_grad_() for leaf in leaves)
 
     found = derive(ours, copies(torch.float32))
     exact, plain = (derive(formula, copies(each)) for each in (torch.float64, torch.float32))
-    return worst([compare(*each) for each in zip(found, exact, plain, names, strict=True)])
+    return worst(
+        [
+            compare(each, true, near, note=f"the derivative {name}")
+            for each, true, near, name in zip(found, exact, plain, names, strict=True)
+        ]
+    )
 
 
 def _second_of_gather(setting: Setting, case: Case) -> Outcome:

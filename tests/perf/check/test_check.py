@@ -32,7 +32,8 @@ def test_the_reference_passes_and_the_report_says_so(tmp_path, capsys):
     assert printed.splitlines()[-1].startswith("PASS: ")
     report = Report.from_json(json.loads((tmp_path / "check.json").read_text()))
     assert report.passed
-    assert {line.group for line in report.lines} == {"Lookup", "Gather", "SparseAdam", "Machinery"}
+    groups = {"Lookup", "Gather", "Sample", "Scatter", "Second derivatives", "SparseAdam"}
+    assert {line.group for line in report.lines} == groups | {"Machinery"}
     for line in report.lines:
         assert line.outcome.status in ("PASS", "SKIP")
         assert line.outcome.error is None or line.outcome.error <= line.outcome.allowed
@@ -44,7 +45,7 @@ def test_the_reference_passes_and_the_report_says_so(tmp_path, capsys):
     assert capsys.readouterr().out == page
 
 
-NUMERICS = ["Lookup", "Gather", "SparseAdam", "same bits"]
+NUMERICS = ["Lookup", "Gather", "Sample", "Scatter", "Second", "SparseAdam", "same bits"]
 
 
 @pytest.mark.parametrize("name", PLANTS)
@@ -56,6 +57,7 @@ def test_every_planted_bug_is_found(name, tmp_path, capsys):
     assert verdict.startswith(f"FAIL, with {name} planted: ")
     group = {"lookup": "Lookup", "flat": "Lookup", "gather": "Gather", "step": "SparseAdam"}
     group |= {"dense": "Gather", "sparse": "Gather", "factored": "SparseAdam"}
+    group |= {"sample": "Sample", "scatter": "Scatter"}
     named = group[name.partition("-")[0]]
     # But for bits that change, which no tolerance can tell.
     named = "Machinery" if name == "gather-drifts" else named

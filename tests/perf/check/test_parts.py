@@ -21,7 +21,7 @@ def test_twice_the_error_of_pytorch_and_rounding_are_allowed():
     floor = oracle.rounding_floor(EXACT, torch.float32)
     assert 0 < floor < 1e-6
     for error, status in ((1.0, "PASS"), (-1.0, "PASS"), (1.01, "FAIL")):
-        outcome = oracle.compare(EXACT.float() + error, EXACT, plain, "it")
+        outcome = oracle.compare(EXACT.float() + error, EXACT, EXACT.float(), plain, note="it")
         assert outcome.status == status
         assert outcome.error == pytest.approx(abs(error))
         assert outcome.allowed == pytest.approx(1.0 + floor)
@@ -44,7 +44,7 @@ def test_infinities_and_nan_must_be_where_they_belong(actual, expected):
 
 
 def test_another_shape_fails():
-    outcome = oracle.compare(EXACT[:2], EXACT, EXACT.float(), "the output")
+    outcome = oracle.compare(EXACT[:2], EXACT, EXACT.float(), note="the output")
     assert outcome.note == "the output has shape [2], not [3]"
 
 
