@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ._files import read_tensors, write_tensors
+from ._kinds import KINDS, described
 from ._layer_checks import check_module
 from ._state import EXTRA_STATE, is_plain, plain_name, savable, shared, unwrapped
-from .experts import ProductKeyExperts
-from .memory import FlatKeyMemory, ProductKeyMemory, _KeyValueMemory
+from .memory import _KeyValueMemory
 from .replace import absorbed_modules, put_memory
 
 __all__ = ["load_with_memory", "read_tensors", "save_with_memory", "write_tensors"]
 
 _FORMAT = "pkm_triton model with memory"
 _VERSION = 2
-_KINDS = {kind.__name__: kind for kind in (ProductKeyMemory, FlatKeyMemory, ProductKeyExperts)}
 
 
 def save_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -39,9 +38,9 @@ def save_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the file; its folder must exist.
 
     Raises:
-        TypeError: if a memory is of a class derived from those, which could not be built again, or
-            a part of the state is neither a plain tensor nor, as extra state, plain data: gather
-            sharded tensors first.
+        TypeError: if a memory is of a class derived from those, or has an adapter within, so that
+            it could not be built again, or a part of the state is neither a plain tensor nor, as
+            extra state, plain data: gather sharded tensors first.
         OSError: if the file cannot be written, a full disk for example.
     """
     check_module("model", model)
@@ -53,10 +52,7 @@ def save_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
     content = {
         "format": _FORMAT,
         "version": _VERSION,
-        "memories": [
-            {"names": each, "kind": _kind(each[0], layer), "arguments": layer.arguments()}
-            for layer, each in names.items()
-        ],
+        "memories": [{"names": each, **described(each[0], layer)} for layer, each in names.items()],
         "shared": shared(model),
         "state": {plain_name(key): savable(key, part) for key, part in model.state_dict().items()},
     }
@@ -136,7 +132,7 @@ class _Saved:
             memories = [{"names": [name], **memory} for name, memory in memories.items()]
         self.memories: list[tuple[list[str], type[_KeyValueMemory], dict[str, Any]]] = []
         for memory in memories:
-            kind = _KINDS.get(memory["kind"])
+            kind = KINDS.get(memory["kind"])
             if kind is None:
                 raise ValueError(f"there is no memory of the kind {memory['kind']!r}")
             self.memories.append((_names(memory["names"]), kind, dict(memory["arguments"])))
@@ -151,16 +147,6 @@ def _names(names: Any) -> list[str]:
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise ValueError(f"{names!r} is no list of names")
     return names
-
-
-def _kind(name: str, layer: _KeyValueMemory) -> str:
-    kind = type(layer).__name__
-    if _KINDS.get(kind) is not type(layer):
-        raise TypeError(
-            f"the memory {name!r} is a {kind}, but only {' and '.join(_KINDS)} can be saved with "
-            "what they are"
-        )
-    return kind
 
 
 def _found(

@@ -8,13 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pkm_triton.experts import ProductKeyExperts
-from pkm_triton.memory import FlatKeyMemory, ProductKeyMemory, _KeyValueMemory
+from pkm_triton._kinds import KINDS, described
+from pkm_triton.memory import ProductKeyMemory, _KeyValueMemory
 from pkm_triton.replace import put_memory, replace_ffn
 
 from .config import MemoryConfig, write
-
-_KINDS = {kind.__name__: kind for kind in (ProductKeyMemory, FlatKeyMemory, ProductKeyExperts)}
 
 
 def add_memories(
@@ -49,8 +47,8 @@ def add_memories(
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a PreTrainedModel, not {type(model).__name__}")
-    if kind not in _KINDS.values():
-        raise TypeError(f"kind must be {' or '.join(_KINDS)}, not {kind!r}")
+    if kind not in KINDS.values():
+        raise TypeError(f"kind must be {' or '.join(KINDS)}, not {kind!r}")
     if not isinstance(share_values, bool):
         raise TypeError(f"share_values is {share_values!r}, but must be True or False")
     dim = model.config.get_text_config().hidden_size
@@ -85,17 +83,13 @@ def write_config(model: PreTrainedModel) -> None:
     which tables they share or their dtypes.
 
     Raises:
-        TypeError: if a memory is of a class of your own, which could not be built again.
+        TypeError: if a memory is of a class of your own, or has an adapter within, so that it could
+            not be built again.
         ValueError: if one memory stands in two places; two may share their values.
     """
     names: dict[_KeyValueMemory, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _KeyValueMemory):
-            if _KINDS.get(type(module).__name__) is not type(module):
-                raise TypeError(
-                    f"the memory {name!r} is a {type(module).__name__}, but only "
-                    f"{' and '.join(_KINDS)} can be written into a config"
-                )
             if module in names:
                 raise ValueError(
                     f"one memory stands at {names[module]!r} and at {name!r}, which transformers "
@@ -109,8 +103,7 @@ def write_config(model: PreTrainedModel) -> None:
     memories = [
         {
             "name": name,
-            "kind": type(module).__name__,
-            "arguments": module.arguments(),
+            **described(name, module),
             "dtypes": {
                 key: str(tensor.dtype).removeprefix("torch.")
                 for key, tensor in module.state_dict().items()
@@ -140,9 +133,9 @@ def build(model: PreTrainedModel, config: MemoryConfig, dtype: torch.dtype | Non
     modules = dict(model.named_modules())
     built = {}
     for memory in config.memories:
-        kind = _KINDS.get(memory["kind"])
+        kind = KINDS.get(memory["kind"])
         if kind is None:
-            raise ValueError(f"config names the kind {memory['kind']!r}, not {' or '.join(_KINDS)}")
+            raise ValueError(f"config names the kind {memory['kind']!r}, not {' or '.join(KINDS)}")
         made = kind(**memory["arguments"], device="meta", dtype=dtype)
         for key, other in memory["dtypes"].items():
             parent, _, attribute = key.rpartition(".")

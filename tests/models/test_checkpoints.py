@@ -211,6 +211,15 @@ def test_a_derived_memory_is_refused_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_memory_with_an_adapter_within_is_refused(tmp_path):
+    model = with_memories(own())
+    layers = model.layers[0].ffn.query_net.layers
+    layers[0] = nn.Sequential(layers[0], nn.Identity())
+    with pytest.raises(TypeError, match=r"'query_net.layers.0.0.bias' is not what a ProductKeyMem"):
+        save_with_memory(model, tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     model = with_memories(own())
