@@ -6,38 +6,12 @@ the rows that were read take up to T · R · d_v.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._backend import implementation
-from ._checks import int32_slots
-
-# Of the rows that a norm makes, so many elements are there at a time, about.
-_NORM_ELEMENTS = 1 << 24
-
-
-@dataclass(frozen=True)
-class Reads:
-    """What one gather read of a table, and the gradient of its output.
-
-    Attributes:
-        slots: [T, R], int32.
-        weights: [T, R].
-        grad_output: [T, d_v].
-    """
-
-    slots: Tensor
-    weights: Tensor
-    grad_output: Tensor
-
-    def scaled(self, factor: float | Tensor) -> "Reads":
-        """The same reads, of a gradient that is `factor` times this one's."""
-        if isinstance(factor, Tensor):
-            factor = factor.to(self.grad_output.device)
-        return Reads(self.slots, self.weights, self.grad_output * factor)
+from .reads import Reads, joined
 
 
 class FactoredGradient(Tensor):
@@ -74,8 +48,7 @@ class FactoredGradient(Tensor):
         cls, table: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor
     ) -> "FactoredGradient":
         """The gradient of one gather; of copies, for its caller may use the buffers again."""
-        checked = int32_slots(slots, table.shape[0])
-        return cls(table, [Reads(*(_copy(x) for x in (checked, weights, grad_output)))])
+        return cls(table, [Reads.copied(slots, weights, grad_output, table.shape[0])])
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"FactoredGradient(shape={list(self.shape)}, gathers={len(self.reads)})"
@@ -101,24 +74,11 @@ class FactoredGradient(Tensor):
         if not parts:
             nothing = torch.empty(0, self.shape[1], dtype=self.dtype, device=self.device)
             return Reads(nothing[:, :0].to(torch.int32), nothing[:, :0], nothing)
-        if len(parts) == 1:
-            return parts[0]
-        reads = max(part.slots.shape[1] for part in parts)
-
-        def padded(x: Tensor, filling: Tensor) -> Tensor:
-            missing = reads - x.shape[1]
-            return torch.cat([x, filling.expand(-1, missing)], 1) if missing else x
-
-        # Short tokens read their last row again, with a weight of zero.
-        return Reads(
-            torch.cat([padded(p.slots, p.slots[:, -1:]) for p in parts]),
-            torch.cat([padded(p.weights, torch.zeros_like(p.weights[:, -1:])) for p in parts]),
-            torch.cat([p.grad_output for p in parts]),
-        )
+        return joined(parts)
 
     def to_sparse(self, *_: Any, **__: Any) -> Tensor:
         """The same as a coalesced sparse COO tensor of the rows that were read."""
-        rows, grad_rows = _rows(self.merged(), self.shape[0])
+        rows, grad_rows = self.merged().rows(self.shape[0])
         return torch.sparse_coo_tensor(
             rows.unsqueeze(0), grad_rows, self.shape, is_coalesced=True, check_invariants=False
         )
@@ -129,14 +89,8 @@ class FactoredGradient(Tensor):
 
     def vector_norm(self, norm_type: float = 2.0) -> Tensor:
         """The p-norm of all its elements, p > 0, in float32 (float64 for float64)."""
-        merged = self.merged()
         dtype = torch.promote_types(self.dtype, torch.float32)
-        columns = max(1, _NORM_ELEMENTS // max(1, min(merged.slots.numel(), self.shape[0])))
-        norms = [torch.zeros((), dtype=dtype, device=self.device)]
-        for some in merged.grad_output.to(dtype).split(columns, dim=1):
-            part = Reads(merged.slots, merged.weights, some.contiguous())
-            norms.append(torch.linalg.vector_norm(_rows(part, self.shape[0])[1], norm_type))
-        return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+        return self.merged().norm(self.shape[0], norm_type, dtype)
 
     @classmethod
     def __torch_dispatch__(
@@ -146,23 +100,6 @@ class FactoredGradient(Tensor):
         if run is None:
             raise _no_elements(func)
         return run(*args, **(kwargs or {}))
-
-
-def _copy(x: Tensor) -> Tensor:
-    return x.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _rows(reads: Reads, num_slots: int) -> tuple[Tensor, Tensor]:
-    """The rows that were read, ascending, and their gradient."""
-    # Of the table only the shape is asked for.
-    table = reads.grad_output.new_empty(1, 1).expand(num_slots, reads.grad_output.shape[1])
-    if reads.slots.numel() == 0:
-        return reads.slots.new_empty(0, dtype=torch.int64), table[:0]
-    functions = implementation(table, reads.weights)
-    rows, grad_rows, _ = functions.gather_values_backward_sparse(
-        reads.grad_output, table, reads.slots, reads.weights, False
-    )
-    return rows, grad_rows
 
 
 def _from_parts(

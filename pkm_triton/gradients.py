@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from .factored import FactoredGradient, Reads
+from .factored import FactoredGradient
+from .reads import Reads
 
 __all__ = [
     "FactoredGradient",

@@ -35,7 +35,7 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     ("pkm_triton/gradients.py", ") == known:", ") != 0:", [GATHER]),
     # A factored gradient.
     (
-        "pkm_triton/factored.py",
+        "pkm_triton/reads.py",
         "return x.detach().clone(",
         "return x.detach().contiguous(",
         [FACTORED],
@@ -55,7 +55,7 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     ("pkm_triton/factored.py", "else [part.scaled(alpha)", "else [part.scaled(1)", [FACTORED]),
     ("pkm_triton/factored.py", "return _mul(grad, 1 / ", "return _mul(grad, 1 * ", [FACTORED]),
     (
-        "pkm_triton/factored.py",
+        "pkm_triton/reads.py",
         "torch.zeros_like(p.weights[:, -1:])",
         "p.weights[:, -1:]",
         [TRAINING],
@@ -69,7 +69,7 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
         [TRAINING],
     ),
     (
-        "pkm_triton/factored.py",
+        "pkm_triton/reads.py",
         "torch.linalg.vector_norm(torch.stack(norms), norm_type)",
         "torch.stack(norms).sum()",
         [FACTORED],
@@ -81,7 +81,12 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
         [FACTORED],
     ),
     # Clipping.
-    ("pkm_triton/clipping.py", "dense + norms", "dense", [CLIP]),
+    (
+        "pkm_triton/clipping.py",
+        "for grad in factored]\n    norms",
+        "for grad in factored[1:]]\n    norms",
+        [CLIP],
+    ),
     (
         "pkm_triton/clipping.py",
         "        grad.mul_(scale)\n    return",
@@ -89,7 +94,7 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
         [CLIP],
     ),
     ("pkm_triton/clipping.py", "grad if grad.is_coalesced() else _coalesced(grad)", "grad", [CLIP]),
-    ("pkm_triton/clipping.py", "error_if_nonfinite, foreach)", "False, foreach)", [CLIP]),
+    ("pkm_triton/clipping.py", "norm_type, error_if_nonfinite)", "norm_type, False)", [CLIP]),
     # What optimisers of rows have in common.
     (
         "pkm_triton/_row_optimizer.py",

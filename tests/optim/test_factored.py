@@ -72,7 +72,7 @@ def test_scaling_in_a_list_reaches_the_others():
 @pytest.mark.parametrize("elements", [1 << 24, 1, 11])
 def test_norms(values, norm_type, elements, monkeypatch):
     """Of all elements at once, or of a few columns at a time."""
-    monkeypatch.setattr("pkm_triton.factored._NORM_ELEMENTS", elements)
+    monkeypatch.setattr("pkm_triton.reads.NORM_ELEMENTS", elements)
     gather(values, torch.tensor([[5, 5]]), -0.3).backward()  # adds to what is there
     dense = values.grad.to_dense()
     expected = torch.linalg.vector_norm(dense, norm_type)

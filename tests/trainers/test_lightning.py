@@ -72,4 +72,5 @@ def test_clipping_by_value_stays_lightnings(tmp_path):
     model = Model(False)
     fit(model, tmp_path, gradient_clip_algorithm="value", gradient_clip_val=1e-3)
     elements = sum(p.numel() for p in model.parameters())
-    assert max(model.norms) <= 1e-3 * elements**0.5
+    # Of each element, not of all together.
+    assert 2e-3 < min(model.norms) <= max(model.norms) <= 1e-3 * elements**0.5
