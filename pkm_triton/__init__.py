@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import distributed, optim, presets, transformer
+    from . import convert, distributed, optim, presets, transformer
     from . import hf as hf
     from ._backend import backend, use_backend
     from .checkpoints import load_with_memory, save_with_memory
@@ -37,6 +37,7 @@ __all__ = [
     "ProductKeyMemory",
     "QueryNetwork",
     "backend",
+    "convert",
     "distributed",
     "flat_key_topk",
     "gather_values",
@@ -57,7 +58,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "": ["distributed", "optim", "presets", "transformer"],
+    "": ["convert", "distributed", "optim", "presets", "transformer"],
     "_backend": ["backend", "use_backend"],
     "checkpoints": ["load_with_memory", "save_with_memory"],
     "experts": ["ProductKeyExperts"],
