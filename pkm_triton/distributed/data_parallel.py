@@ -46,7 +46,7 @@ def ignore_sparse_values(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if that leaves no parameter that requires a gradient.
     """
-    values = {id(layer.values) for layer in _sparse_memories(model)}
+    values = {id(table) for layer in _sparse_memories(model) for table in layer.tables}
     names = [
         f"{prefix}.{name}"  # as DistributedDataParallel spells it, also where the prefix is empty
         for prefix, module in model.named_modules()
@@ -82,22 +82,23 @@ def average_sparse_values(
     """
     layers = _sparse_memories(parallel.module)
     for name, module in parallel.module.named_modules():
-        if module in layers and f"{name}.values" not in parallel.parameters_to_ignore:
+        tables = [f"{name}.{table}" for table in module.table_names] if module in layers else []
+        if not set(tables) <= set(parallel.parameters_to_ignore):
             raise ValueError(
                 f"the values of memory {name!r} have sparse_grad={module.sparse_grad!r}, but "
                 "DistributedDataParallel was not told to leave them out: call "
                 "ignore_sparse_values on the model before it is wrapped"
             )
     group = parallel.process_group
-    tables = {id(layer.values): (layer.values, layer.sparse_grad) for layer in layers}
-    if not tables:
+    forms = {id(table): (table, m.sparse_grad) for m in layers for table in m.tables}
+    if not forms:
         return parallel
-    for table, _ in tables.values():
+    for table, _ in forms.values():
         source = distributed.get_global_rank(group, 0) if group is not None else 0
         distributed.broadcast(table.detach(), source, group=group)
 
     def average() -> None:
-        for table, form in tables.values():
+        for table, form in forms.values():
             if table.requires_grad:
                 _average(table, form, group)
 

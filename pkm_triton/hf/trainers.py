@@ -105,7 +105,8 @@ class MemoryTrainerMixin:
             ignore_sparse_values(model)  # the model has not been wrapped yet
         if self.optimizer is not None:
             return self.optimizer
-        values = {id(m.values) for m in model.modules() if isinstance(m, _KeyValueMemory)}
+        memories = [m for m in model.modules() if isinstance(m, _KeyValueMemory)]
+        values = {id(table) for memory in memories for table in memory.tables}
         decaying = set(self.get_decay_parameter_names(model))
         rates = args.learning_rate, self.value_learning_rate
         value_lr = 4 * rates[0] if rates[1] is None else rates[1]

@@ -51,7 +51,7 @@ def test_ranks_that_differ(tmp_path):
     alone(torch.ones(5, 8)).square().sum().backward()
     for form in (True, "factored"):
         torch.testing.assert_close(ranks[0][form], alone[1].values.grad / 2)
-        for name in (form, f"{form} root"):
+        for name in (form, f"{form} root", f"{form} experts"):
             assert torch.equal(ranks[0][name], ranks[1][name]), name
             assert ranks[0][name].count_nonzero() > 0
     left_in, nothing = torch.load(tmp_path / "refused-0.pt")

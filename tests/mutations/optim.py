@@ -136,7 +136,7 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     ("pkm_triton/_row_optimizer.py", "(keep_float32, prepend=True)", "(keep_float32)", [STATE]),
     (
         "pkm_triton/_row_optimizer.py",
-        "            if dense is not param:\n                param.copy_(dense)\n",
+        "            if dense is not mine:\n                mine.copy_(dense)\n",
         "",
         [STEP],
     ),
