@@ -22,6 +22,9 @@ class _HandOn:
         self.layer, self.name, self.position = layer, name, position
 
     def __call__(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getattr(attention, "_is_replica", False):
+            _warn("nn.DataParallel calls copies of the layers; DistributedDataParallel does not")
+            return
         mask = kwargs.get(self.name)
         if mask is None and len(args) > self.position:
             mask = args[self.position]
@@ -60,6 +63,10 @@ def hand_on_padding(model: nn.Module, place: str, memory: nn.Module) -> None:
                     return
 
 
+def _warn(why: str) -> None:
+    warnings.warn(f"padding is not left out of the memories' batch statistics: {why}", stacklevel=4)
+
+
 def real_tokens(mask: Any, tokens: torch.Size, *, training: bool) -> Tensor | None:
     """Which tokens of x [*tokens, dim] are real, by the mask of an attention.
 
@@ -78,11 +85,7 @@ def real_tokens(mask: Any, tokens: torch.Size, *, training: bool) -> Tensor | No
         return None
     if not isinstance(mask, Tensor):
         if training:
-            warnings.warn(
-                f"padding is not left out of the memories' batch statistics: the mask is a "
-                f"{type(mask).__name__}; query_norm='layer' needs no mask",
-                stacklevel=3,
-            )
+            _warn(f"the mask is a {type(mask).__name__}; query_norm='layer' needs none")
         return None
     if mask.ndim == 2 and mask.shape == tokens:
         return mask if mask.dtype == torch.bool else mask != 0

@@ -40,7 +40,7 @@ def replace_ffn(
 
     The mask that the attention beside a memory is given reaches the memory too (`attention_mask`
     in Hugging Face's models, `key_padding_mask` in torch's), so that padding enters no batch
-    statistics; not so under flex attention, or with a cache longer than the tokens, and a layer
+    statistics; not so under flex attention or `nn.DataParallel`, which are warned of, and a layer
     without attention knows of no padding. A plain `from_pretrained` of what `save_pretrained` wrote
     silently drops the memories: use `pkm_triton.hf`, or `save_with_memory`.
 

@@ -164,6 +164,13 @@ def test_copies_that_adapters_put_in_the_place_of_a_memory():
     assert sorted(counted) == [0, 22, 22]  # the original is out of use
 
 
+def test_copies_of_data_parallelism_are_warned_of():
+    model, _ = prepared(llama, "sdpa")
+    model.model.layers[1].self_attn._is_replica = True  # as torch marks its copies
+    with pytest.warns(UserWarning, match=r"not left out .*nn.DataParallel calls"):
+        outputs(model, torch.randint(3, 64, MASK.shape), MASK)
+
+
 def test_generation_with_a_cache():
     model, _ = prepared(llama, "sdpa")
     model.eval()
