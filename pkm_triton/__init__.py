@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .query import QueryNetwork, synchronise_batch_norm
     from .replace import replace_ffn
     from .sharing import share_values
+    from .slot_counts import SlotCounts, rank_slots
     from .training import param_groups, track_usage
     from .usage import MemoryUsage
 
@@ -36,6 +37,7 @@ __all__ = [
     "ProductKeyExperts",
     "ProductKeyMemory",
     "QueryNetwork",
+    "SlotCounts",
     "backend",
     "convert",
     "distributed",
@@ -46,6 +48,7 @@ __all__ = [
     "param_groups",
     "presets",
     "product_key_topk",
+    "rank_slots",
     "replace_ffn",
     "sample_values",
     "save_with_memory",
@@ -73,6 +76,7 @@ _MODULES = {
     "query": ["QueryNetwork", "synchronise_batch_norm"],
     "replace": ["replace_ffn"],
     "sharing": ["share_values"],
+    "slot_counts": ["SlotCounts", "rank_slots"],
     "training": ["param_groups", "track_usage"],
     "usage": ["MemoryUsage"],
 }
