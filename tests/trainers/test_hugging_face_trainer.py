@@ -57,8 +57,7 @@ def logged(trained, name):
     return [entry[name] for entry in trained.state.log_history if name in entry]
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.05, 0.0])
-@pytest.mark.parametrize("form", [True, "factored"])
+@pytest.mark.parametrize(("form", "max_grad_norm"), [(True, 0.05), (True, 0.0), ("factored", 0.05)])
 def test_as_with_dense_gradients_but_for_decay(form, max_grad_norm, tmp_path):
     """Values that decay and moments that fade in the steps that read them: off for this."""
     options = {"value_weight_decay": 0.0, "value_learning_rate": 0.0}
