@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .replace import replace_ffn
     from .sharing import share_values
     from .slot_counts import SlotCounts, rank_slots
+    from .slot_tuning import merge_slots, train_slots
     from .training import param_groups, track_usage
     from .usage import MemoryUsage
 
@@ -44,6 +45,7 @@ __all__ = [
     "flat_key_topk",
     "gather_values",
     "load_with_memory",
+    "merge_slots",
     "optim",
     "param_groups",
     "presets",
@@ -56,6 +58,7 @@ __all__ = [
     "share_values",
     "synchronise_batch_norm",
     "track_usage",
+    "train_slots",
     "transformer",
     "use_backend",
 ]
@@ -77,6 +80,7 @@ _MODULES = {
     "replace": ["replace_ffn"],
     "sharing": ["share_values"],
     "slot_counts": ["SlotCounts", "rank_slots"],
+    "slot_tuning": ["merge_slots", "train_slots"],
     "training": ["param_groups", "track_usage"],
     "usage": ["MemoryUsage"],
 }

@@ -24,6 +24,7 @@ from .gated_output import MemoryOutput, Output
 from .norms import LengthNorm, ScaledNorm
 from .ops import flat_key_topk, gather_values, product_key_topk
 from .query import QueryNetwork, QueryNorm
+from .slot_tuning import TunedSlots
 from .usage import MemoryUsage
 
 
@@ -76,6 +77,7 @@ class _KeyValueMemory(HostedModule, ABC):
             torch.empty(self.num_slots, self.value_dim, device=device, dtype=dtype)
         )
         self.key_norm = self.output = None
+        self.tuned: TunedSlots | None = None
         if key_norm is not None:
             self.key_norm = ScaledNorm(keys.shape[-1], key_norm, 1.0, device=device, dtype=dtype)
         if output is not None:
@@ -196,7 +198,9 @@ class _KeyValueMemory(HostedModule, ABC):
         return out if self.output is None else self.output(out, x, mask)
 
     def _read(self, x: Tensor, mask: Tensor | None, slots: Tensor, weights: Tensor) -> Tensor:
-        """The output [..., value_dim] of tokens x that read slots [..., R] by weights [..., R]."""
+        """The sums [..., value_dim] of what tokens x read: slots and weights [..., R]."""
+        if self.tuned is not None:
+            return self.tuned(self.values, slots, weights)
         return gather_values(self.values, slots, weights, sparse_grad=self.sparse_grad)
 
     def arguments(self) -> dict[str, Any]:
@@ -260,9 +264,9 @@ class ProductKeyMemory(_KeyValueMemory):
         subkeys: parameter [H, 2, N, d_q / 2].
         values: parameter [N², value_dim], shared by all heads. Layers may share it: see
             `share_values`.
-        key_norm: the norm of the keys, or None.
-        output: what follows the sum of values, a `MemoryOutput`, or None.
+        key_norm, output: the modules of those options, or None.
         out_dim: width of the output.
+        tuned: the slots that train, or None for all (see `train_slots`).
         usages: the `MemoryUsage`s that are shown every read of a forward pass (see `track_usage`);
             a pass that checkpointing repeats is shown once.
         layer_mask: the mask of the attention beside the memory, for the next call, which takes it
