@@ -43,7 +43,7 @@ _LARGE = [
     Case(333, 33, 400, 33),
     Case(4096, 1, 7, 1),
 ]
-_SMALL = [Case(40, 16, 50, 33), Case(1, 200, 50, 1000), Case(9, 1, 7, 1)]
+_SMALL = [Case(24, 12, 50, 33), Case(1, 64, 50, 1000), Case(9, 1, 7, 1)]
 
 
 def checks(setting: Setting) -> Iterator[Check]:

@@ -23,7 +23,7 @@ from .setting import DTYPES, Setting, dtype_name
 
 SAMPLE, SCATTER, SECOND = "Sample", "Scatter", "Second derivatives"
 _LARGE = [Case(1024, 64, 65_536, 1024), Case(1, 128, 50_000, 1000), Case(333, 33, 400, 33)]
-_SMALL = [Case(40, 16, 50, 33), Case(1, 200, 50, 1000)]
+_SMALL = [Case(24, 12, 50, 33), Case(1, 64, 50, 1000)]
 
 Tensors = tuple[Tensor, ...]
 

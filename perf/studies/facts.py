@@ -10,6 +10,7 @@ from pkm_triton.perf.report.plot_style import (
     GREY,
     ORANGE,
     add_caption,
+    count_label,
     new_figure,
     plain_log_axis,
     slots_label,
@@ -115,6 +116,7 @@ def _figure(results: Results, preset: Preset, base: Trial, caption: str) -> Figu
         if points:
             xs, ys = zip(*points, strict=True)
             speed.plot(xs, ys, color=colour, marker=marker, markersize=5, label=label)
+    speed.xaxis.set_major_formatter(lambda value, _: count_label(value))
     speed.set_xlabel("tokens per second at inference")
     speed.set_ylabel("facts recalled, %")
     speed.set_title("Recall against speed", fontsize=11)
