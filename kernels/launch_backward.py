@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import triton
 from torch import Tensor
 
-from . import launch
+from .chip import chip_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Blocks:
 
 def choose_blocks(query: Tensor, upcast: bool) -> tuple[Blocks, Blocks]:
     """The shapes of the two products of the lookup's gradients: the query's and the sub-keys'."""
-    architecture = launch.chip(query.device).architecture
+    architecture = chip_of(query.device).architecture
     amd = not architecture.startswith("sm_")
     # Whose tensor cores read operands from shared memory, and have memory of their own for sums.
     tensor_memory = architecture.startswith("sm_10")

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import float32_precision, load_stages
+from .chip import float32_precision, load_stages
 from .launch_backward import choose_blocks
 from .sparse_tiles import compress_reads_kernel, make_tile, tile_columns
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import triton
 
+from pkm_triton.kernels.chip import CHIPS
+
 # Of triton 3.9. What the compilers before it make only has to fit the chip: they spill more.
 LIMITS = json.loads((Path(__file__).parent / "kernel_limits.json").read_text())
 OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 REPORT = """
 import json, sys
 from pkm_triton.perf.compiled import kernel_report
@@ -37,14 +38,18 @@ def compile_rows(tmp_path, architecture, configuration):
 def check(rows, limits):
     assert rows
     for row in rows:
-        assert row["atomics"] == 0, row
+        # Of data centres' Blackwell: the barriers of its products are counted with them.
+        assert row["atomics"] == 0 or row["architecture"] == "sm_100", row
         assert row["load"] >= limits["load"], row
         if OLDER:
-            assert row["shared"] <= SHARED[row["architecture"]], row
+            assert row["shared"] <= CHIPS[row["architecture"]].shared, row
             continue
         assert row["spilled"] == 0, row
         assert row["registers"] <= limits["registers"], row
         assert row["shared"] <= limits["shared"], row
+        # Code beyond an instruction cache, or a compiler that users wait for.
+        assert row["instructions"] <= limits.get("instructions", 16000), row
+        assert row["cpu_seconds"] <= 3 * limits.get("cpu_seconds", 20), row
         if row["occupancy"] != "":
             assert row["occupancy"] >= limits.get("occupancy", 25), row
 
@@ -57,20 +62,18 @@ def test_gather(tmp_path, architecture):
     assert rows[0]["offsets"] == "2xi32+3xi64"
 
 
-# What takes long to compile.
-LARGE = ("product many", "product some", "flat many", "product backward many")
+# What takes long to compile, and the lookups, of which one on an older GPU is enough.
+LARGE = ("product backward many",)
+LOOKUPS = ("product many", "product some", "product few", "flat ")
+SMALL = [n for n in LIMITS if not n.startswith((*LARGE, *LOOKUPS, "gather"))]
+COMPILED = [(name, architecture) for name in SMALL for architecture in ("sm_80", "sm_90")]
+COMPILED += [(name, "sm_90") for name in LIMITS if name.startswith(LOOKUPS)]
+COMPILED += [("product many of 32", architecture) for architecture in ("sm_80", "sm_100")]
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("name", [n for n in LIMITS if not n.startswith((*LARGE, "gather"))])
+@pytest.mark.parametrize(("name", "architecture"), COMPILED)
 def test_small_kernels(tmp_path, name, architecture):
     check(compile_rows(tmp_path, architecture, name), LIMITS[name])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in LIMITS if n.startswith(LARGE[:3])])
-def test_lookup(tmp_path, name):
-    check(compile_rows(tmp_path, "sm_90", name), LIMITS[name])
 
 
 def check_products(rows):
@@ -94,12 +97,6 @@ def test_lookup_backward(tmp_path, architecture):
 def test_lookup_backward_of_other_shapes(tmp_path, name, architecture):
     name = f"product backward many {name}"
     check(compile_rows(tmp_path, architecture, name), LIMITS[name])
-
-
-@pytest.mark.slow
-def test_lookup_on_an_older_gpu(tmp_path):
-    limits = {"registers": 255, "shared": 65536, "load": 128, "occupancy": 12}
-    check(compile_rows(tmp_path, "sm_80", "product many 512 of 32"), limits)
 
 
 def test_every_lookup_has_limits():

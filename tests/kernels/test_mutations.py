@@ -7,12 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from mutation import is_caught, plant
-from oracle import all_flat_scores, all_product_scores, assert_selects_exactly, gather
-from tolerance import assert_close_to_oracle
+from oracle import all_product_scores, assert_selects_exactly, gather
 
 from pkm_triton import kernels
-
-from .misleading import NUM_KEYS, TOP_K, misleading_keys
 
 # Infinite sub-keys times the zeros of absent rows.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -24,15 +21,15 @@ def small_integers(*shape):
 
 def on_chip(mutant, multiprocessors):
     """Have the kernels choose shapes for many queries, on a small chip, or for few, on a large."""
-    launch = importlib.import_module(f"{mutant.__name__}.launch")
-    launch.INTERPRETER = dataclasses.replace(launch.INTERPRETER, multiprocessors=multiprocessors)
+    chip = importlib.import_module(f"{mutant.__name__}.chip")
+    chip.INTERPRETER = dataclasses.replace(chip.INTERPRETER, multiprocessors=multiprocessors)
     return mutant
 
 
 @pytest.fixture(autouse=True)
 def _restored_chip(monkeypatch):
-    launch = importlib.import_module(f"{kernels.__name__}.launch")
-    monkeypatch.setattr(launch, "INTERPRETER", launch.INTERPRETER)
+    chip = importlib.import_module(f"{kernels.__name__}.chip")
+    monkeypatch.setattr(chip, "INTERPRETER", chip.INTERPRETER)
 
 
 def check_ragged_gather(mutant):
@@ -77,17 +74,8 @@ def check_product_of_distinct_scores(mutant):
 
 def check_few_of_distinct_scores(mutant):
     query, subkeys = distinct_scores()
-    scores, slots = on_chip(mutant, 1 << 20).product_key_topk(query, subkeys, 12)
+    scores, slots = on_chip(mutant, 40).product_key_topk(query, subkeys, 12)
     assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
-
-
-def check_few_of_a_long_stretch(mutant):
-    # Of 128 stretches, each of three tiles, the first has the best keys, all over two tiles.
-    keys = -torch.arange(1.0, 20_001)
-    keys[:128] = keys[:128][torch.randperm(128)]
-    query = torch.ones(1, 1, 1)
-    scores, _ = on_chip(mutant, 1 << 20).flat_key_topk(query, keys.view(1, -1, 1), 9)
-    assert torch.equal(scores[0, 0], torch.arange(-1.0, -10, -1))
 
 
 def check_flat_of_distinct_scores(mutant):
@@ -96,91 +84,23 @@ def check_flat_of_distinct_scores(mutant):
     assert torch.equal(scores[0, 0], torch.arange(599.0, 569, -1))
 
 
-def check_many_of_distinct_scores(mutant):
-    keys = torch.randperm(300).float().view(1, 300, 1) + 300
-    scores, slots = on_chip(mutant, 1).flat_key_topk(torch.ones(1, 1, 1), keys, 100)
-    assert_selects_exactly(scores, slots, keys.view(1, 1, 300).double())
-
-
-def check_many_of_equal_scores(mutant):
-    keys = torch.randint(0, 40, (1, 300, 1)).float() + 300
-    scores, slots = on_chip(mutant, 1).flat_key_topk(torch.ones(1, 1, 1), keys, 100)
-    assert_selects_exactly(scores, slots, keys.view(1, 1, 300).double())
-
-
-def check_flat_scores_far_apart(mutant):
-    # Of few bits, so that a key is its score.
-    keys = torch.logspace(-30, 30, 200).bfloat16().float()[torch.randperm(200)].view(1, 200, 1)
-    scores, _ = on_chip(mutant, 1).flat_key_topk(torch.ones(1, 1, 1), keys, 32)
-    assert torch.equal(scores[0, 0], keys.flatten().topk(32).values)
-
-
-def check_negative_scores_near_each_other(mutant):
-    # So near that half of their bits say nothing.
-    keys = (-1 - 2.0**-20 * torch.randperm(600)).view(1, 600, 1)
-    scores, _ = on_chip(mutant, 1).flat_key_topk(torch.ones(1, 1, 1), keys, 30)
-    assert torch.equal(scores[0, 0], -1 - 2.0**-20 * torch.arange(30.0))
-
-
-def check_keys_that_mislead(mutant):
-    launch = importlib.import_module(f"{on_chip(mutant, 1).__name__}.launch")
-    query, keys = torch.ones(1, 1, 1), torch.empty(1, NUM_KEYS, 1)
-    for when in ("first", "raised"):
-        keys[0, :, 0] = misleading_keys(launch.choose_lists(query, keys, TOP_K), when)
-        scores, _ = mutant.flat_key_topk(query, keys, TOP_K)
-        assert torch.equal(scores[0, 0], keys.flatten().topk(TOP_K).values)
-
-
 def check_flat_of_equal_scores(mutant):
-    keys = torch.randn(1, 300, 2)
+    keys = torch.randn(1, 320, 2)
     scores, slots = on_chip(mutant, 1).flat_key_topk(torch.zeros(1, 1, 2), keys, 5)
-    assert_selects_exactly(scores, slots, torch.zeros(1, 1, 300).double())
-
-
-def check_product_of_many(mutant):
-    query, subkeys = distinct_scores()
-    scores, slots = on_chip(mutant, 1).product_key_topk(query, subkeys, 100)
-    assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
-
-
-def check_more_equal_sums_than_a_list_holds(mutant):
-    subkeys = torch.randn(1, 2, 300, 1)
-    scores, slots = on_chip(mutant, 1).product_key_topk(torch.zeros(1, 1, 2), subkeys, 300)
-    assert_selects_exactly(scores, slots, torch.zeros(1, 1, 300 * 300).double())
+    assert_selects_exactly(scores, slots, torch.zeros(1, 1, 320).double())
 
 
 def check_infinities(mutant):
     subkeys = torch.tensor([torch.inf, 0, -torch.inf]).view(1, 1, 3, 1).expand(1, 2, 3, 1)
-    for multiprocessors in (1, 1 << 20):
+    for multiprocessors in (1, 40):
         on_chip(mutant, multiprocessors)
         scores, _ = mutant.product_key_topk(torch.ones(1, 1, 2), subkeys.contiguous(), 9)
         assert scores.flatten().tolist() == [torch.inf] * 3 + [0] + [-torch.inf] * 5
 
 
-def check_float32_is_accurate(mutant):
-    for width in (200, 300):
-        # Of any scale.
-        query = torch.randn(5, 1, width) * torch.logspace(-9, 9, 5).view(5, 1, 1)
-        keys = torch.randn(1, 90, width) * torch.logspace(-9, 9, 90).view(1, 90, 1)
-        scores, slots = on_chip(mutant, 1).flat_key_topk(query, keys, 20)
-        exact = all_flat_scores(query, keys).gather(-1, slots.long())
-        same = torch.einsum("thd,hkd->thk", query, keys).gather(-1, slots.long())
-        # Relative to what is summed, for sums may nearly cancel.
-        size = all_flat_scores(query.abs(), keys.abs()).gather(-1, slots.long())
-        assert_close_to_oracle((scores / size).float(), exact / size, (same / size).float())
-
-
-def check_infinite_elements(mutant):
-    query = torch.tensor([1 / 3, 1.0]).view(1, 1, 2)
-    keys = torch.tensor([[torch.inf, 1 / 3], [1.0, 2.0]]).view(1, 2, 2)
-    scores, _ = on_chip(mutant, 1).flat_key_topk(query, keys, 2)
-    assert scores[0, 0, 0] == torch.inf
-    assert scores[0, 0, 1] == pytest.approx(7 / 3)
-
-
 def check_precision_is_stated(mutant):
     # Only a GPU multiplies float32 in tf32 by default; the interpreter would not show it.
-    for file in ("scoring.py", "split_topk.py"):
+    for file in ("select/scoring.py",):
         source = (Path(mutant.__file__).parent / file).read_text()
         assert source.count("tl.dot(") == source.count("input_precision=PRECISION") > 0
 
@@ -202,118 +122,49 @@ MUTATIONS = {
         check_slot_out_of_range,
     ),
     "lost tie": (
-        "appending.py", "~(scores < bound[None, :])", "~(scores <= bound[None, :])",
-        check_flat_of_equal_scores,
+        "select/kernel.py", "keep = score >= limit_of(threshold, count - before, top_k)",
+        "keep = score > limit_of(threshold, count - before, top_k)", check_flat_of_equal_scores,
     ),
-    "tie not counted": (
-        "assembly.py", "tl.where(x < bound, 0.0, 1.0)", "tl.where(x <= bound, 0.0, 1.0)",
-        check_flat_of_equal_scores,
-    ),
-    "bound above the k-th best": (
-        "bounds.py", "ROWS) >= least", "ROWS) >= least // 2", check_flat_of_distinct_scores,
-    ),
-    "maxima rounded up": (
-        "bounds.py", "(bits >> 31) & 0xFFFF", "(bits >> 31) & 0",
-        check_negative_scores_near_each_other,
-    ),
-    "guessed bound not checked": (
-        "selection.py", "tl.max(short.to(tl.int32)) > 0", "tl.max(short.to(tl.int32)) > 1",
-        check_keys_that_mislead,
-    ),
-    "raised bound not checked": (
-        "selection.py", "(count < TOP_K) | (last < bound)", "count < TOP_K",
-        check_keys_that_mislead,
-    ),
-    "bound guessed again": (
-        "selection.py", "turn > 0,", "turn > 1,", check_keys_that_mislead,
-    ),
-    "bound raised too far again": (
-        "selection.py", "tl.where(sure, TOP_K, likely_enough(", "tl.where(sure, 9, likely_enough(",
-        check_keys_that_mislead,
-    ),
-    "a tile left out": (
-        "selection.py", "place - (past - first_key))", "first_key)",
-        check_keys_that_mislead,
+    "threshold above the k-th best": (
+        "select/threshold.py", ">= top_k", ">= top_k // 2", check_flat_of_distinct_scores,
     ),
     "threads of a row append to the same slots": (
-        "thread_form.py", "before += tl.where", "before -= tl.where", check_product_with_ties,
+        "select/layout.py", "before += tl.where", "before -= tl.where", check_product_with_ties,
+    ),
+    "warps that share rows append to the same slots": (
+        "select/layout.py", "before += tl.cumsum(four, 1) - four", "before += four * 0",
+        check_few_of_distinct_scores,
     ),
     "rows past the last token": (
-        "pairs.py", "mask = (row < num_rows) & (rank < TOP_K)", "mask = rank + row * 0 < TOP_K",
+        "combine/kernels.py", "mask &= token < num_tokens", "mask &= token >= 0",
         check_product_with_ties,
     ),
     "tf32": (
-        "scoring.py", "tl.dot(query, tile, input_precision=PRECISION)", "tl.dot(query, tile)",
-        check_precision_is_stated,
-    ),
-    "second parts of float32 lost": (
-        "float32_products.py", "(x - first.to(tl.float32))", "(x - x)", check_float32_is_accurate,
-    ),
-    "a product of later columns lost": (
-        "float32_products.py", "total = plus(total, finite(tl.dot(second, other_first)))",
-        "total = total", check_float32_is_accurate,
-    ),
-    "parts of queries among the lists": (
-        "selection.py", "spare_ptr += (2**LOG_LIST + 1) * ROWS", "spare_ptr += 0",
-        check_float32_is_accurate,
-    ),
-    "units and their reciprocals": (
-        "float32_products.py", "(254 - exponent)", "(255 - exponent)", check_float32_is_accurate,
-    ),
-    "second parts of infinite elements": (
-        "float32_products.py", 'tl.where(tl.abs(x) < float("inf"), x, 0.0)', "x",
-        check_infinite_elements,
-    ),
-    "warps that share rows append to the same slots": (
-        "thread_form.py", "odd[:, None, None, None] == 1", "odd[:, None, None, None] == 2",
-        check_product_of_many,
-    ),
-    "sums that overflow their list": (
-        "pairs.py", "(2**LOG_SUMS - longest)", "(8 * 2**LOG_SUMS - longest)",
-        check_more_equal_sums_than_a_list_holds,
-    ),
-    "candidate bound off by one": (
-        "pairs.py", "tl.minimum(TOP_K // rank", "tl.minimum((TOP_K - 1) // rank",
-        check_product_of_distinct_scores,
-    ),
-    "wrong stride of a slot": (
-        "pairs.py", "* num_subkeys +", "* (num_subkeys + 1) +", check_product_with_ties,
-    ),
-    "infinities of both signs": (
-        "pairs.py", "tl.where(a + b != a + b,", "tl.where(a != a,", check_infinities,
-    ),
-    "infinities of both signs, few queries": (
-        "product_key_topk.py", 'tl.where(total != total, float("-inf"), total)', "total",
-        check_infinities,
-    ),
-    "narrow keys that overflow": (
-        "entries.py", "< 2 ** (32 - LOG_RANK)", "< 2**32 - 1", check_flat_scores_far_apart,
-    ),
-    "fewer above the bound than are wanted": (
-        "lists.py", "exact & (reach >= tl.minimum(length, TOP_K))", "exact",
-        check_keys_that_mislead,
-    ),
-    "neighbours that share a rank": (
-        "entries.py", "exact & (same < bound)", "exact", check_many_of_equal_scores,
-    ),
-    "which of two neighbours": (
-        "lists.py", "tl.where(wrong, other, best)", "best", check_many_of_distinct_scores,
-    ),
-    "equal scores that change places once": (
-        "sorting.py", "two < one,", "two <= one,", check_many_of_equal_scores,
-    ),
-    "runs of one direction": (
-        "sorting.py", "(run % 2 == 1) & (RUN < EACH)", "(run < 0) & (RUN < EACH)",
-        check_product_with_ties,
+        "select/scoring.py", "tl.dot(query, keys, input_precision=PRECISION)",
+        "tl.dot(query, keys)", check_precision_is_stated,
     ),
     "keys past the end": (
-        "split_topk.py", "tl.where(key < end, pair, NOTHING)", "pair", check_few_of_a_long_stretch,
+        "select/kernel.py", "& (key < end)", "& (key >= 0)", check_flat_of_distinct_scores,
     ),
-    "stretches merged in the same order": (
-        "split_topk.py", "tl.flip(second, 1)", "second", check_few_of_a_long_stretch,
+    "candidate pairs off by one": (
+        "combine/plan.py", "| (column + skip)", "| column", check_product_with_ties,
+    ),
+    "wrong stride of a slot": (
+        "combine/kernels.py", "* num_subkeys +", "* (num_subkeys + 1) +", check_product_with_ties,
+    ),
+    "infinities of both signs": (
+        "combine/kernels.py", 'tl.where(total != total, float("-inf"), total)', "total",
+        check_infinities,
+    ),
+    "runs of one direction": (
+        "combine/sorting.py", "(bit_of(AXIS, len(x.shape)) == ascending)",
+        "(bit_of(AXIS, len(x.shape)) == 0)", check_product_with_ties,
+    ),
+    "the best merged in the same order": (
+        "combine/sorting.py", "tl.flip(other, 1)", "other", check_product_with_ties,
     ),
     "wrong stride of a half": (
-        "product_key_topk.py", "half * splits * HALF_TOP", "half * HALF_TOP",
+        "combine/kernels.py", "half_row // R * splits", "half_row // R",
         check_few_of_distinct_scores,
     ),
 }  # fmt: skip

@@ -7,10 +7,10 @@ import pytest
 
 from pkm_triton import kernels
 
-FILES = sorted(Path(kernels.__file__).parent.glob("*.py"))
+FILES = sorted(Path(kernels.__file__).parent.rglob("*.py"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_no_chained_comparison(file):
     """Triton before 3.9 compiles no `a <= b < c`."""
     functions = [

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tolerance import assert_close_to_oracle
 
-launch = importlib.import_module("pkm_triton.kernels.launch")
+from pkm_triton.kernels.chip import Chip, as_if
+
 product = importlib.import_module("pkm_triton.kernels.product_key_topk_backward")
 flat = importlib.import_module("pkm_triton.kernels.flat_key_topk_backward")
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
@@ -80,11 +81,10 @@ def test_product_of_few_programs(programs, device, guard, monkeypatch):
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_100", "gfx942"])
-def test_product_in_the_shapes_of_other_chips(architecture, device, guard, monkeypatch):
-    on = launch.Chip(architecture, 16, 64 << 10)
-    monkeypatch.setattr(launch, "chip", lambda device: on)
+def test_product_in_the_shapes_of_other_chips(architecture, device, guard):
     inputs = make((90, 1, 40, 9, 12, FLOAT32, FLOAT32), device)
-    check(product.product_key_topk_backward(*inputs), inputs)
+    with as_if(Chip(architecture, 16, 64 << 10)):
+        check(product.product_key_topk_backward(*inputs), inputs)
 
 
 def test_same_bits_in_any_order_of_programs(device, guarded):
