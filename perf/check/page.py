@@ -1,6 +1,6 @@
 """A report as a Markdown page and as lines on a terminal. Imports nothing of torch."""
 
-from .outcome import FAIL, INFO, Line, Report, counts
+from .outcome import INFO, MEASURED, Line, Report, counts
 
 
 def markdown(report: Report) -> str:
@@ -16,8 +16,7 @@ def markdown(report: Report) -> str:
     for group in dict.fromkeys(line.group for line in report.lines):
         lines = [line for line in report.lines if line.group == group]
         parts.append(f"## {group}")
-        measured = all(line.outcome.status != FAIL and line.outcome.figures for line in lines)
-        parts.append(_measurements(lines) if measured else _checks(lines))
+        parts.append(_measurements(lines) if group == MEASURED else _checks(lines))
     parts.append(
         "Errors are the largest against float64; allowed is twice that of PyTorch in the same "
         "precision, plus what rounding alone may cost."
@@ -41,7 +40,9 @@ def _measurements(lines: list[Line]) -> str:
     rows = [f"| measured | {' | '.join(names)} | |", f"| --- |{' ---: |' * len(names)} --- |"]
     for line in lines:
         figures = [_figure(line.outcome.figures.get(name)) for name in names]
-        rows.append(f"| {_cell(line.name)} | {' | '.join(figures)} | {_cell(line.outcome.note)} |")
+        outcome = line.outcome
+        note = outcome.note if outcome.status == INFO else f"{outcome.status}: {outcome.note}"
+        rows.append(f"| {_cell(line.name)} | {' | '.join(figures)} | {_cell(note)} |")
     return "\n".join(rows)
 
 

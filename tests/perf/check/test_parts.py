@@ -67,6 +67,9 @@ def test_what_breaks_off_is_a_line_and_the_next_is_done():
     assert [line.name for line in report.failed] == ["memory", "error"]
     assert Report({}, {}, lines[2:], complete=True).passed
     assert not Report({}, {}, lines[2:]).passed
+    # A measurement that breaks off proves nothing against the library.
+    measured = dataclasses.replace(lines[0], group="Speed")
+    assert Report({}, {}, [measured, lines[2]], complete=True).passed
     skipped = dataclasses.replace(lines[2], outcome=Outcome("SKIP"))
     assert not Report({}, {}, [skipped], complete=True).passed
 
@@ -81,6 +84,7 @@ def report():
         Line("Gather", "T=1", Outcome("FAIL", 0.5, 0.01, "the output"), 0.1),
         Line("Speed", "lookup, T=16384", Outcome(INFO, figures=figures), 3.0),
         Line("Speed", "gather, T=16384", slower, 3.0),
+        Line("Speed", "layer, step", Outcome("OUT OF MEMORY", note="tried 9 GiB"), 3.0),
     ]
     machine = {"device": "NVIDIA H100 80GB HBM3", "commit": "", "clocks before": "driver 580.1"}
     return Report(machine, {"quick": False, "plant": None}, lines, complete=True)
@@ -91,7 +95,7 @@ def test_the_page_of_a_recorded_report(report):
     assert page == markdown(report)
     lines = page.splitlines()
     assert lines[0] == "# pkm-perf check: FAIL"
-    assert "1 PASS, 1 FAIL, 2 INFO." in lines
+    assert "1 PASS, 1 FAIL, 2 INFO, 1 OUT OF MEMORY." in lines
     assert "- Gather: T=1" in lines
     assert "| device | NVIDIA H100 80GB HBM3 |" in lines
     assert not any(line.startswith("| commit") for line in lines)
@@ -101,6 +105,7 @@ def test_the_page_of_a_recorded_report(report):
     assert header in lines
     assert "| lookup, T=16384 | 2.5 | 0.125 | 2,100 | 0.62 |  |  |" in lines
     assert "| gather, T=16384 |  | 1 |  |  | 1.5 | fbgemm: absent |" in lines
+    assert "| layer, step |  |  |  |  |  | OUT OF MEMORY: tried 9 GiB |" in lines
     assert terminal_line(report.lines[1]) == (
         "FAIL    Gather: T=1  error 5.0e-01, allowed 1.0e-02  the output"
     )
@@ -171,6 +176,6 @@ def test_an_alternative_that_fails_is_told(setting):
         def run(self):
             pass
 
-    outcome = speed._side_by_side(setting, Works(), {"other": Broken()})
+    outcome = speed._side_by_side(setting, Works(), {"other": Broken})
     assert outcome.note == "other: RuntimeError"
     assert "other / ours" not in outcome.figures
