@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pkm_triton import sharing
 from pkm_triton._kinds import KINDS, described
 from pkm_triton.memory import ProductKeyMemory, _KeyValueMemory
 from pkm_triton.replace import put_memory, replace_ffn
@@ -58,22 +59,14 @@ def add_memories(
         memory = kind(dim, **options)
         first.append(memory)
         if share_values:
-            _share_tables(first)
+            sharing.share_values(first)
         return memory
 
     memories = replace_ffn(model, layers, make, ffn=ffn)
     if share_values:
-        _share_tables(first)  # they were moved to a device and dtype one by one
+        sharing.share_values(first)  # they were moved to a device and dtype one by one
     write_config(model)
     return memories
-
-
-def _share_tables(memories: Sequence[_KeyValueMemory]) -> None:
-    first = memories[0]
-    for name, parameter in list(first.named_parameters(recurse=False)):
-        if any(parameter is table for table in first.tables):
-            for other in memories[1:]:
-                setattr(other, name, parameter)
 
 
 def write_config(model: PreTrainedModel) -> None:

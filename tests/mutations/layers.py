@@ -269,7 +269,7 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     ),
     (
         "pkm_triton/hf/memories.py",
-        "_share_tables(first)  # they",
+        "sharing.share_values(first)  # they",
         "pass  # they",
         [HUGGING_FACE],
     ),
