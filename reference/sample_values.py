@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from .chunks import token_chunks
-from .gather_values import WIDENED_ELEMENTS, accumulation_dtype
+from .gather_values import accumulation_dtype
+
+# Rows are copied, a few at a time that stay in a thread's cache, and then multiplied: copying asks
+# for many rows at once, where multiplying waits for one after another.
+CACHED_ELEMENTS = 1 << 18
 
 
 def sample_values(
@@ -27,10 +31,11 @@ def sample_values(
     """
     num_tokens, reads = slots.shape
     wide = accumulation_dtype(values.dtype, x.dtype)
-    if values.dtype == wide:
+    at_once = CACHED_ELEMENTS * torch.get_num_threads()
+    if values.dtype == wide and slots.numel() * values.shape[1] <= at_once:
         return _sample(values, slots, x.to(wide)).to(dtype or wide)
     products = values.new_empty(num_tokens, reads, dtype=dtype or wide)
-    for chunk in token_chunks(num_tokens, reads * values.shape[1], WIDENED_ELEMENTS):
+    for chunk in token_chunks(num_tokens, reads * values.shape[1], at_once):
         rows = values.index_select(0, slots[chunk].flatten()).to(wide)
         place = torch.arange(rows.shape[0], dtype=slots.dtype, device=slots.device)
         products[chunk] = _sample(rows, place.view(-1, reads), x[chunk].to(wide))

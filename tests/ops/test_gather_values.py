@@ -129,7 +129,8 @@ def test_widened_a_few_rows_at_a_time(monkeypatch, sparse_grad):
     whole = run()
     for name in ("gather_values", "scatter_values", "sample_values"):
         module = importlib.import_module(f"pkm_triton.reference.{name}")
-        monkeypatch.setattr(module, "WIDENED_ELEMENTS", 9 * 7 * 4)
+        size = "CACHED_ELEMENTS" if name == "sample_values" else "WIDENED_ELEMENTS"
+        monkeypatch.setattr(module, size, 9 * 7 * 4)
     for name, one, other in zip(("out", "values", "weights"), whole, run(), strict=True):
         assert torch.equal(one, other), name
 
