@@ -18,6 +18,7 @@ ARGUMENTS = {
     "lightning_module.py": ("lightning", ["--steps", "8"]),
     "lora_beside_memories.py": ("peft", ["--steps", "3", "--output", "adapter"]),
     "sharded_with_sparse_values.py": ("torch.distributed", ["--steps", "8"]),
+    "sparse_autoencoder.py": ("torch", ["--steps", "8", "--rounds", "1", "--latents", "512"]),
 }
 
 
