@@ -144,13 +144,14 @@ def run(arguments: argparse.Namespace) -> int:
     )
     folder: Path = arguments.output
     path = folder / CSV_NAME
+    file = RowFile(path)
+    todo = open_points(points, file, limits, seed, arguments.retry)
+    *lines, total = _plan(todo, points, limits)
     if arguments.dry_run:
-        print(
-            _plan(open_points(points, RowFile(path), limits, seed, arguments.retry), points, limits)
-        )
+        print("\n".join([*lines, total]))
         return 0
     ensure_writable(folder)
-    file = RowFile(path)
+    print(total, file=sys.stderr)
     try:
         measured = run_sweep(points, file, limits, retry=arguments.retry, seed=seed)
     except KeyboardInterrupt:
@@ -196,7 +197,7 @@ def _report(file: RowFile, folder: Path) -> None:
         print("no picture: no axis has two values, or two implementations, that were measured")
 
 
-def _plan(todo: Sequence[Point], points: Sequence[Point], limits: Limits) -> str:
+def _plan(todo: Sequence[Point], points: Sequence[Point], limits: Limits) -> list[str]:
     """The points still to be measured, a line each, and about how long they will take."""
     lines = [f"{point.label()} {point.dtype} {point.query_norm}" for point in todo]
     # A pass and its parts; what is uneven takes up to three times as long; making the tables.
@@ -207,7 +208,7 @@ def _plan(todo: Sequence[Point], points: Sequence[Point], limits: Limits) -> str
         f"{len(todo)} of {len(points)} points are to be measured, in about {least / 60:.1f} to "
         f"{most / 60:.1f} minutes, and longer where one pass takes longer than {limits.seconds:g} s"
     )
-    return "\n".join([*lines, total])
+    return [*lines, total]
 
 
 def _replaced_axes(arguments: argparse.Namespace) -> dict[str, list[object]]:
