@@ -34,7 +34,9 @@ def gather_values(
         [T, d_v]. No [T, R, d_v] is formed.
     """
     dtype = dtype or values.dtype
-    if values.dtype == weights.dtype == dtype or values.dtype in (torch.float32, torch.float64):
+    if values.dtype == weights.dtype == dtype:
+        return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
+    if values.dtype in (torch.float32, torch.float64):
         weights = weights.to(values.dtype)
     elif dtype == values.dtype and _two_parts_suffice(weights, dtype):
         # F.embedding_bag wants weights of the table's dtype, in which one part would round more

@@ -50,11 +50,14 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
     """
     heads, _, num_subkeys, width = subkeys.shape
     dtype = scoring_dtype(query, subkeys)
-    keys = subkeys.to(dtype).view(2 * heads, num_subkeys, width).transpose(1, 2)
+    if subkeys.dtype != dtype:
+        subkeys = subkeys.to(dtype)
+    keys = subkeys.view(2 * heads, num_subkeys, width).transpose(1, 2)
     ranks = candidate_ranks(top_k, num_subkeys, query.device)
     elements = heads * 2 * max(num_subkeys, ranks[0].numel())
     if query.shape[0] * elements <= MAX_TEMPORARY_ELEMENTS:
-        return _topk_of_chunk(query.to(dtype), keys, ranks, top_k)
+        wide = query if query.dtype == dtype else query.to(dtype)
+        return _topk_of_chunk(wide, keys, ranks, top_k)
     chunks = [
         _topk_of_chunk(query[chunk].to(dtype), keys, ranks, top_k)
         for chunk in token_chunks(query.shape[0], elements)
