@@ -1,10 +1,8 @@
 """Triton kernels of product-key memory, one op a file."""
 
-from .flat_key_topk import flat_key_topk
-from .flat_key_topk_backward import flat_key_topk_backward
+from .flat_key_topk import flat_key_topk, flat_key_topk_backward
 from .gather_values import gather_values
-from .product_key_topk import product_key_topk
-from .product_key_topk_backward import product_key_topk_backward
+from .product_key_topk import product_key_topk, product_key_topk_backward
 from .sample_values import sample_values
 from .scatter_adam import scatter_adam
 from .scatter_values import (

@@ -1,18 +1,29 @@
 """Product-key top-k: the k best of N² slots from two codebooks of N sub-keys (paper 3.1).
 
 Shapes: T tokens, H heads, N sub-keys a codebook, k reads a head, D = d_q / 2.
-    query [T, H, 2 D]; subkeys [H, 2, N, D]; scores, slots [T, H, k]; slot = i · N + j
+    query, grad_query [T, H, 2 D]; subkeys, grad_subkeys [H, 2, N, D]; slot = i · N + j
+    scores, slots, grad_scores [T, H, k]
 """
 
 from collections.abc import Callable
 
 import torch
+import triton
 from torch import Tensor
 
+from .chip import float32_precision, load_stages
 from .combine.kernels import combine_kernel
 from .combine.plan import choose_shape, options, programs, rank_pairs
+from .reads.blocks import choose_blocks
+from .reads.products import grad_query_kernel, grad_subkeys_kernel, sum_stretches_kernel
+from .reads.sparse_tiles import compress_reads_kernel
 from .select.plan import plan_selection, select
 from .select.traffic import select_bytes
+
+# Programs of the codebooks' gradient: about one a multiprocessor of an H100.
+PROGRAMS = 128
+# Bytes of the lists of reads, which are to stay in cache: of more tokens than fit, some at a time.
+LIST_BYTES = 1 << 26
 
 
 def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -67,6 +78,76 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
     return scores, slots
 
 
+def product_key_topk_backward(
+    grad_scores: Tensor, query: Tensor, subkeys: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `product_key_topk`'s scores. No [T, H, 2, N] is formed.
+
+    Args:
+        grad_scores: [T, H, k].
+        query: [T, H, d_q].
+        subkeys: [H, 2, N, d_q / 2].
+        slots: [T, H, k], as returned.
+
+    Returns:
+        grad_query and grad_subkeys, of the shapes and dtypes of query and subkeys.
+    """
+    num_tokens, heads, _ = query.shape
+    num_subkeys, dim = subkeys.shape[2:]
+    reads = slots.shape[2]
+    dtypes = {query.dtype, subkeys.dtype}
+    # bfloat16 goes into the products as it is; tf32 holds all of float16; float32 is kept whole.
+    upcast = triton.knobs.runtime.interpret or dtypes != {torch.bfloat16}
+    precision = float32_precision(query.device)
+    if precision == "tf32x3" and torch.float32 not in dtypes:
+        precision = "tf32"
+    if not upcast:
+        precision = "ieee"
+    dtype = torch.float32 if upcast else torch.bfloat16
+    stages = load_stages(query.device)
+    of_query, of_subkeys = choose_blocks(query, upcast)
+    by_query = of_query.constants(dim, num_subkeys, stages)
+    by_subkeys = of_subkeys.constants(dim, num_subkeys, stages)
+    groups, words = triton.cdiv(reads, 32), triton.cdiv(num_subkeys, 64) * 4
+    constants = {"D": dim, "GROUPS": groups, "UPCAST": upcast, "PRECISION": precision}
+    options = {"num_stages": 1, "enable_fp_fusion": True}
+    # Tokens at a time, and programs that share them for a block of a codebook.
+    a_token = 2 * heads * groups * (32 * dtype.itemsize + words * 4)
+    chunks = max(1, triton.cdiv(num_tokens * a_token, LIST_BYTES))
+    chunk = triton.cdiv(triton.cdiv(num_tokens, chunks), 128) * 128
+    chunk = max(1, min(chunk, num_tokens))
+    owners = 2 * heads * triton.cdiv(num_subkeys, by_subkeys["BLOCK_N"])
+    owners *= triton.cdiv(dim, by_subkeys["BLOCK_D"])
+    parts = max(1, min(PROGRAMS // owners, triton.cdiv(chunk, of_subkeys.tokens)))
+    values = query.new_empty(2 * chunk * heads * groups * 32, dtype=dtype)
+    marks = query.new_empty(2 * chunk * heads * groups * words, dtype=torch.int32)
+    grad_query = query.new_empty(query.shape)
+    grad_subkeys = subkeys.new_empty(subkeys.shape)
+    sums = query.new_empty(parts, *subkeys.shape, dtype=torch.float32)
+    rows = 128 if stages > 1 else 64
+    for first in range(0, max(1, num_tokens), chunk):
+        some = slice(first, first + chunk)
+        count = min(chunk, num_tokens - first)
+        compress_reads_kernel[(triton.cdiv(count * heads, rows), 2, groups)](
+            grad_scores[some], slots[some], values, marks, count * heads, num_subkeys, reads,
+            GROUPS=groups, ROWS=rows, BLOCK_W=64, EACH=4, ROUND=precision == "tf32", num_warps=4,
+            **options,
+        )  # fmt: skip
+        blocks = triton.cdiv(count, by_query["BLOCK_T"]) * triton.cdiv(dim, by_query["BLOCK_D"])
+        grad_query_kernel[(2 * heads * blocks,)](
+            values, marks, subkeys, grad_query[some], count, heads, num_subkeys,
+            SWAPPED=of_query.swapped, **constants, **by_query, **options,
+        )  # fmt: skip
+        grad_subkeys_kernel[(owners * parts,)](
+            values, marks, query[some], sums, count, triton.cdiv(count, parts), heads,
+            num_subkeys, ADD=first > 0, **constants, **by_subkeys, **options,
+        )  # fmt: skip
+    sum_stretches_kernel[(triton.cdiv(subkeys.numel(), 1024),)](
+        sums, grad_subkeys, subkeys.numel(), parts, BLOCK=1024, num_warps=4, **options
+    )
+    return grad_query, grad_subkeys
+
+
 def product_key_topk_bytes(query: Tensor, subkeys: Tensor, top_k: int) -> dict[str, int]:
     """What `product_key_topk` reads and writes of each tensor; of the lists the least."""
     num_tokens, heads, _ = query.shape
@@ -89,6 +170,15 @@ def shipped_configurations() -> dict[str, Callable[[], object]]:
         subkeys = torch.empty(4, 2, num_subkeys, 256, dtype=dtype, device="meta")
         return lambda: product_key_topk(query, subkeys, top_k)
 
+    def call_backward(
+        num_tokens: int, num_subkeys: int, dtype: torch.dtype
+    ) -> Callable[[], object]:
+        query = torch.empty(num_tokens, 4, 512, dtype=dtype, device="meta")
+        subkeys = torch.empty(4, 2, num_subkeys, 256, dtype=dtype, device="meta")
+        grad_scores = torch.empty(num_tokens, 4, 32, device="meta")
+        slots = torch.empty(num_tokens, 4, 32, dtype=torch.int32, device="meta")
+        return lambda: product_key_topk_backward(grad_scores, query, subkeys, slots)
+
     return {
         "product many of 32": call(16384, 1024, 32, torch.bfloat16),
         "product many of 64": call(16384, 1024, 64, torch.bfloat16),
@@ -97,4 +187,9 @@ def shipped_configurations() -> dict[str, Callable[[], object]]:
         "product few of 32": call(1, 1024, 32, torch.bfloat16),
         "product few of 256": call(1, 1024, 256, torch.bfloat16),
         "product few float32": call(1, 1024, 32, torch.float32),
+        "product backward many 512": call_backward(16384, 512, torch.bfloat16),
+        "product backward many 4096": call_backward(16384, 4096, torch.bfloat16),
+        "product backward many float16": call_backward(16384, 512, torch.float16),
+        "product backward many float32": call_backward(16384, 512, torch.float32),
+        "product backward few 512": call_backward(1, 512, torch.bfloat16),
     }

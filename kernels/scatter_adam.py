@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .grid import grid, second_axis
-from .runs import LATER_PART, NO_PART, deal_out, share_of, sum_parts
+from .reads.runs import LATER_PART, NO_PART, deal_out, share_of, sum_parts
 from .sparse_adam import AdamOptions, adam_arguments, adam_update, update_rows
 
 

@@ -10,7 +10,7 @@ from .machine_code import describe_amd, describe_nvidia, offset_widths
 
 FILES = (
     "gather_values", "product_key_topk", "flat_key_topk", "scatter_values", "sample_values",
-    "scatter_adam", "product_key_topk_backward", "sparse_adam",
+    "scatter_adam", "sparse_adam",
 )  # fmt: skip
 
 
@@ -77,6 +77,7 @@ def compile_launch(
     """Compile a recorded launch for an architecture, and describe the outcome."""
     import torch
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
@@ -101,8 +102,8 @@ def compile_launch(
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     before = cpu_seconds()
-    with _driver_of(target), triton.knobs.compilation.scope():
-        triton.knobs.compilation.always_compile = True
+    with _driver_of(target), knobs.compilation.scope():
+        knobs.compilation.always_compile = True
         compiled = triton.compile(source, target=target, options=options)
     spent = cpu_seconds() - before
     row = {

@@ -51,6 +51,6 @@ def _poisoned_empty(monkeypatch):
 @pytest.fixture(params=[8, 1], ids=["stretch8", "stretch1"])
 def stretch(request, monkeypatch):
     """Few reads a program, so that runs are long beside them."""
-    from pkm_triton.kernels import runs
+    from pkm_triton.kernels.reads import runs
 
     monkeypatch.setattr(runs, "LEAST_STRETCH", request.param)

@@ -34,7 +34,7 @@ def check_slot_out_of_range(mutant):
 
 
 def check_lookup(mutant):
-    module = sys.modules[f"{mutant.__name__}.product_key_topk_backward"]
+    module = sys.modules[f"{mutant.__name__}.product_key_topk"]
     query, subkeys = torch.randn(140, 1, 18), torch.randn(1, 2, 40, 9)
     slots = torch.rand(140, 1, 1600).topk(40).indices.int()
     inputs = torch.randn(140, 1, 40), query, subkeys, slots
@@ -76,10 +76,10 @@ def check_scatter_adam_hot_row(mutant):
 
 MUTATIONS = {
     "runs cut at the end of a stretch": (
-        "runs.py", "        end += follows\n", "        end += 0\n", check_scatter,
+        "reads/runs.py", "        end += follows\n", "        end += 0\n", check_scatter,
     ),
     "runs taken from the stretch before": (
-        "runs.py", "begin += count_equal", "end_ = count_equal", check_scatter,
+        "reads/runs.py", "begin += count_equal", "end_ = count_equal", check_scatter,
     ),
     "sum carried into the next row": (
         "scatter_values.py", "total = tl.zeros([BLOCK_V], tl.float32)\n            if COMPACT",
@@ -93,7 +93,7 @@ MUTATIONS = {
         "scatter_values.py", "other=1) == 0)", "other=1) == 2)", check_scatter,
     ),
     "parts of a hot row lost": (
-        "runs.py", "(mark != LATER_PART) & (part != stretch)", "part != stretch",
+        "reads/runs.py", "(mark != LATER_PART) & (part != stretch)", "part != stretch",
         check_hot_row,
     ),
     "hot row written by each part": (
@@ -104,38 +104,39 @@ MUTATIONS = {
         check_slot_out_of_range,
     ),
     "repeats not merged": (
-        "sparse_tiles.py", "tl.where(last == last_right, total, 0.0)",
+        "reads/sparse_tiles.py", "tl.where(last == last_right, total, 0.0)",
         "tl.where(last == last_right, total / 2, 0.0)", check_lookup,
     ),
     "words not cleared": (
-        "sparse_tiles.py", "(row < rows) & (word < WORDS)", "(row < rows) & (word < 0)",
+        "reads/sparse_tiles.py", "(row < rows) & (word < words)", "(row < rows) & (word < 0)",
         check_lookup,
     ),
     "values counted from the word's first": (
-        "sparse_tiles.py", "((word >> 16) + popcount", "(popcount", check_lookup,
+        "reads/sparse_tiles.py", "((word >> 16) + popcount", "(popcount", check_lookup,
     ),
     "word counted by its last sub-key": (
-        "sparse_tiles.py", "(count - popcount(bits)) << 16", "(count - 1) << 16", check_lookup,
+        "reads/sparse_tiles.py", "(count - popcount(bits)) << 16", "(count - 1) << 16",
+        check_lookup,
     ),
     "bits of the next word": (
-        "sparse_tiles.py", "tl.where(last >> 4 == last_right >> 4, bits, 0)",
+        "reads/sparse_tiles.py", "tl.where(last >> 4 == last_right >> 4, bits, 0)",
         "tl.where(last >> 5 == last_right >> 5, bits, 0)", check_lookup,
     ),
     "reads of the next query": (
-        "sparse_tiles.py", "(own < K - group * 32)", "(own < K)", check_lookup,
+        "reads/sparse_tiles.py", "(own < top_k - group * 32)", "(own < top_k)", check_lookup,
     ),
     "columns in another order": (
-        "product_key_topk_backward.py", "n = first + tile_columns(BLOCK_N)[:, None]",
+        "reads/products.py", "n = first + tile_columns(BLOCK_N)[:, None]",
         "n = first + tl.arange(0, BLOCK_N)[:, None]", check_lookup,
     ),
     "halves exchanged": (
-        "sparse_tiles.py", "tl.where(half == 0,", "tl.where(half == 1,", check_lookup,
+        "reads/sparse_tiles.py", "tl.where(half == 0,", "tl.where(half == 1,", check_lookup,
     ),
     "tokens before forgotten": (
-        "product_key_topk_backward.py", "ADD=first > 0", "ADD=False", check_lookup,
+        "product_key_topk.py", "ADD=first > 0", "ADD=False", check_lookup,
     ),
     "last stretch of tokens lost": (
-        "product_key_topk_backward.py", "for part in tl.range(num_parts)",
+        "reads/products.py", "for part in tl.range(num_parts)",
         "for part in tl.range(num_parts - 1)", check_lookup,
     ),
     "decay forgotten": ("sparse_adam.py", "value = value * decay", "value = value", check_adam),

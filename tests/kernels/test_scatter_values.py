@@ -6,7 +6,7 @@ from oracle import gather
 from tolerance import assert_close_to_oracle
 
 from pkm_triton import kernels
-from pkm_triton.kernels import runs
+from pkm_triton.kernels.reads import runs
 from pkm_triton.kernels.scatter_values import scatter
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16

@@ -8,8 +8,8 @@ from tolerance import assert_close_to_oracle
 
 from pkm_triton.kernels.chip import Chip, as_if
 
-product = importlib.import_module("pkm_triton.kernels.product_key_topk_backward")
-flat = importlib.import_module("pkm_triton.kernels.flat_key_topk_backward")
+product = importlib.import_module("pkm_triton.kernels.product_key_topk")
+flat = importlib.import_module("pkm_triton.kernels.flat_key_topk")
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 
 # T, H, N, D, k, dtype of the query, of the sub-keys

@@ -20,7 +20,7 @@ MUTATIONS = {
         "tests/kernels/test_gather_kernel.py -k rounded_once",
     ),
     "a run counted for one tile of reads": Mutation(
-        "kernels/runs.py",
+        "kernels/reads/runs.py",
         "for first in tl.range(0, length, BLOCK, num_stages=1):",
         "for first in tl.range(0, tl.minimum(length, BLOCK), BLOCK, num_stages=1):",
         "tests/kernels/test_scatter_values.py -k runs_longer",
@@ -32,7 +32,7 @@ MUTATIONS = {
         "tests/kernels/test_scatter_values.py -k rows_past_int32",
     ),
     "flat keys of all heads in one table": Mutation(
-        "kernels/flat_key_topk_backward.py",
+        "kernels/flat_key_topk.py",
         "at_a_time = min(heads, (2**31 - 1) // num_keys)",
         "at_a_time = heads",
         "tests/kernels/test_topk_backward.py -k int32_counts",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import triton
 from torch import Tensor
 
-from .chip import chip_of
+from ..chip import chip_of
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grid import grid, second_axis
+from ..grid import grid, second_axis
 
 # Programs that fill a GPU, and what a program is to have in reads; the latter grows with T, so
 # that the parts of hot rows stay this many.
