@@ -23,7 +23,8 @@ def check_tensor(name: str, tensor: Tensor, form: str, dimensions: int, *, exact
         raise TypeError(f"{name} must be a tensor {form}, not {type(tensor).__name__}")
     if tensor.ndim != dimensions if exact else tensor.ndim < dimensions:
         raise ValueError(f"{name} must have shape {form}, not {_shape(tensor)}")
-    check_dense(name, tensor)
+    if tensor.layout != torch.strided or tensor.is_nested:
+        check_dense(name, tensor)
     if tensor.dtype not in FLOATING_DTYPES:
         allowed = ", ".join(str(dtype) for dtype in FLOATING_DTYPES)
         raise TypeError(f"{name} has dtype {tensor.dtype}, but must be one of {allowed}")

@@ -94,7 +94,7 @@ class QueryNetwork(nn.Module):
         check_tensor("x", x, f"[..., {self.dim}]", 1, exact=False)
         if x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape [..., {self.dim}], not {list(x.shape)}")
-        check_meets(x, self.layers[0])
+        check_meets(x, next(iter(self.layers)))
         query: Tensor = self.layers(x)
         if isinstance(self.norm, nn.modules.batchnorm._BatchNorm):
             # It may have become torch's synchronised one since.
