@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .chip import float32_precision, load_stages
 from .combine.kernels import combine_kernel
-from .combine.plan import choose_shape, options, programs, rank_pairs
+from .combine.plan import MOST_SORTED, choose_shape, options, programs, rank_pairs
 from .reads.blocks import choose_blocks
 from .reads.products import grad_query_kernel, grad_subkeys_kernel, sum_stretches_kernel
 from .reads.sparse_tiles import compress_reads_kernel
@@ -48,11 +48,10 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
     halves = query.view(num_tokens, 2 * heads, half_dim)
     books = subkeys.view(2 * heads, num_subkeys, half_dim)
     per_half = min(top_k, num_subkeys)
-    plan = plan_selection(halves, books, per_half)
+    # In turns the sorted halves cannot take the place of candidates, which are read again.
+    spare = per_half if top_k > MOST_SORTED else 0
+    plan = plan_selection(halves, books, per_half, spare)
     shape = choose_shape(plan, top_k)
-    if shape.in_turns:
-        # The sorted halves cannot take the place of candidates that are read again.
-        plan = plan_selection(halves, books, per_half, spare=per_half)
     pairs = rank_pairs(top_k, num_subkeys, query.device)
     lists, counts = plan.buffers(halves)
     for first in plan.turns(num_tokens):
@@ -71,7 +70,7 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
             num_pairs=pairs.numel(),
             splits=plan.splits,
             slots=plan.slots,
-            sorted_at=plan.slots - per_half if shape.in_turns else 0,
+            sorted_at=plan.capacity if spare else 0,
             C=shape,
             **options(shape, halves=2),
         )

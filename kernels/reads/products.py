@@ -117,7 +117,7 @@ def grad_subkeys_kernel(
     tl.store(parts_ptr + (n * D + column), total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def sum_stretches_kernel(
     parts_ptr,  # [stretches, elements]
     grad_subkeys_ptr,  # [elements]

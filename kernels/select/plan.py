@@ -137,6 +137,12 @@ def choose_block(chip: Chip, rows: int, tile: int, dim: int, size: int) -> tuple
             if (rows + tiles * tile) * whole * size + SCRATCH <= shared:
                 return whole, stages
     block = min(whole, 32 if size == 4 else 64)
+    needed = (rows + tile) * block * size
+    if needed > chip.shared:
+        raise ValueError(
+            f"a program of {chip.architecture} has {chip.shared} bytes of shared memory, but the "
+            f"lookup needs {needed}: use_backend('torch')"
+        )
     return block, ahead
 
 

@@ -49,14 +49,14 @@ def compile_configuration(job: tuple[str, str, bool]) -> list[dict[str, Any]]:
     with as_if(CHIPS[architecture]), recorded_launches() as launches:
         shipped_configurations()[name]()
     # What is launched again and again is compiled once.
-    distinct = {_compiled_for(*launch): launch for launch in reversed(launches)}
+    distinct = {compiled_for(*launch): launch for launch in reversed(launches)}
     return [
         {"configuration": name, **compile_launch(*launch, architecture, aligned)}
         for launch in reversed(distinct.values())
     ]
 
 
-def _compiled_for(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def compiled_for(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What tells one compilation of a kernel from another."""
     bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     runtime = [each.name for each in kernel.params if not each.is_constexpr]

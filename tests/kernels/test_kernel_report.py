@@ -105,3 +105,44 @@ def test_every_lookup_has_limits():
     for launcher in (product_key_topk, flat_key_topk):
         module = importlib.import_module(launcher.__module__)
         assert set(module.shipped_configurations()) <= set(LIMITS)
+
+
+SIZES = """
+import torch
+from pkm_triton.kernels.chip import CHIPS, as_if
+from pkm_triton.kernels import product_key_topk, product_key_topk_backward
+from pkm_triton.perf.compiled.launches import compiled_for, recorded_launches
+
+with as_if(CHIPS["sm_90"]), recorded_launches() as launches:
+    for num_subkeys in (128, 512, 1000, 4096):
+        for heads in (1, 4, 8):
+            for tokens in (12000, 16384):
+                make = dict(dtype=torch.bfloat16, device="meta")
+                query = torch.empty(tokens, heads, 512, **make)
+                subkeys = torch.empty(heads, 2, num_subkeys, 256, **make)
+                scores, slots = product_key_topk(query, subkeys, 32)
+                product_key_topk_backward(scores, query, subkeys, slots)
+print(len({compiled_for(*launch) for launch in launches}))
+specialised = [
+    f"{kernel.__name__}: {each.name}"
+    for kernel, *_ in launches
+    for each in kernel.params
+    if not each.is_constexpr and not each.name.endswith("_ptr") and not each.do_not_specialize
+]
+print(*sorted(set(specialised)))
+"""
+
+
+def test_a_sweep_over_sizes_and_heads_compiles_once(tmp_path):
+    script = tmp_path / "sizes.py"
+    script.write_text(SIZES)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    count, specialised = done.stdout.splitlines()
+    # Both of the forward; reads brought into lists, two products and their sums; where the lists
+    # of reads take turns, the product that adds to the sums.
+    assert int(count) == 7, done.stdout
+    # Of which only the divisibility tells compilations apart: all widths of 16 or more have it.
+    assert specialised == "sum_stretches_kernel: num_elements"

@@ -258,3 +258,34 @@ def test_any_order_of_programs_gives_the_same_bits(path, guarded):
     for scores, slots in results:
         assert torch.equal(scores, results[0][0])
         assert torch.equal(slots, results[0][1])
+
+
+def test_a_chip_too_small_is_named(device):
+    query, keys = torch.randn(1, 1, 8, device=device), torch.randn(1, 9, 8, device=device)
+    with (
+        as_if(dataclasses.replace(INTERPRETER, architecture="sm_80", shared=1 << 10)),
+        pytest.raises(ValueError, match=r"sm_80 has 1024 bytes of shared memory"),
+    ):
+        kernels.flat_key_topk(query, keys, 3)
+
+
+def test_in_turns_of_tokens(device, guard, monkeypatch):
+    from pkm_triton.kernels.select import plan
+
+    monkeypatch.setattr(plan, "LIST_BYTES", 1)
+    with as_if(dataclasses.replace(INTERPRETER, multiprocessors=2)):
+        query = small_integers(300, 1, 12, device=device)
+        subkeys = small_integers(1, 2, 70, 6, device=device)
+        scores, slots = kernels.product_key_topk(query, subkeys, 6)
+        assert_selects_exactly(scores, slots, all_product_scores(query, subkeys))
+        keys = small_integers(1, 70, 12, device=device)
+        scores, slots = kernels.flat_key_topk(query, keys, 6)
+        assert_selects_exactly(scores, slots, all_flat_scores(query, keys))
+
+
+@pytest.mark.parametrize("top_k", [16, 600])
+def test_equal_scores_of_the_lowest_keys(top_k, path, device, guard):
+    # Ties everywhere, and more than fit into a list.
+    keys = torch.zeros(1, 1200, 4, device=device)
+    _, slots = kernels.flat_key_topk(torch.randn(2, 1, 4, device=device), keys, top_k)
+    assert torch.equal(slots, torch.arange(top_k, device=device).int().expand(2, 1, -1))
