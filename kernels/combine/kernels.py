@@ -106,7 +106,15 @@ def sort_half(list_ptr, count_ptr, sorted_ptr, per_half, splits, slots, C: tl.co
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_subkeys", "top_k", "num_pairs", "splits", "slots"]
+    do_not_specialize=[
+        "num_tokens",
+        "num_subkeys",
+        "top_k",
+        "num_pairs",
+        "splits",
+        "slots",
+        "sorted_at",
+    ]
 )
 def combine_kernel(
     list_ptr,  # [blocks, 2 H, splits, slots, ROWS], entries
