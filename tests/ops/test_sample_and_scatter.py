@@ -110,20 +110,39 @@ def test_leading_dimensions():
     assert torch.equal(one, pkm.scatter_values(slots[:1], weights[:1], x[:1], 50))
 
 
-def test_same_bits_whatever_the_threads():
-    values, slots, x, weights = make(300, 32, 200, 64)
+@pytest.mark.parametrize("width", [31, 32])
+def test_same_bits_whatever_the_threads(width):
+    values, slots, x, weights = make(300, width, 200, 64)
     slots[:, :8] = 3
 
-    def run():
+    def run(threads):
+        torch.set_num_threads(threads)
         sparse = pkm.scatter_values(slots, weights, x, 300, sparse=True)
         return [pkm.sample_values(values, slots, x), sparse.values(), sparse.indices()]
 
-    threads, first = torch.get_num_threads(), run()
+    threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        assert all(torch.equal(one, other) for one, other in zip(first, run(), strict=True))
+        first = run(1)
+        for more in (2, 3):
+            assert all(torch.equal(one, other) for one, other in zip(first, run(more), strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, torch.float64], ids=str)
+@pytest.mark.parametrize("width", [5, 31, 32])
+def test_same_bits_wherever_in_memory_the_inputs_lie(width, dtype):
+    values, slots, x, _ = make(64, width, 20, 16, dtype, dtype)
+
+    def shifted(tensor, elements):
+        """A copy that begins so many elements after an aligned address, as safetensors may."""
+        moved = tensor.new_empty(tensor.numel() + elements)[elements:].view(tensor.shape)
+        return moved.copy_(tensor)
+
+    expected = pkm.sample_values(values, slots, x)
+    for elements in (1, 2, 3, 4):
+        assert torch.equal(pkm.sample_values(shifted(values, elements), slots, x), expected)
+        assert torch.equal(pkm.sample_values(values, slots, shifted(x, elements)), expected)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
