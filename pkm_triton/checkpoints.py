@@ -35,15 +35,22 @@ def save_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
         model: any model whose memories are `ProductKeyMemory`, `FlatKeyMemory` or
             `ProductKeyExperts` layers. What `torch.compile` or a data-parallel wrapper put around
             it, or around parts of it, is left out.
-        path: the file; its folder must exist.
+        path: the file; its folder must exist. It is one of `torch.save`, so its name may end in
+            anything but ".safetensors", by which other libraries choose how to read a file.
 
     Raises:
+        ValueError: if the name ends in ".safetensors".
         TypeError: if a memory is of a class derived from those, or has an adapter within, so that
             it could not be built again, or a part of the state is neither a plain tensor nor, as
             extra state, plain data: gather sharded tensors first.
         OSError: if the file cannot be written, a full disk for example.
     """
     check_module("model", model)
+    if Path(path).suffix.lower() == ".safetensors":
+        raise ValueError(
+            f"path is {os.fspath(path)!r}, but this writes a file of torch.save: let its name end "
+            "in '.pt' (safetensors are written by pkm_triton.hf)"
+        )
     model = unwrapped(model)
     names: dict[_KeyValueMemory, list[str]] = defaultdict(list)
     for name, layer in model.named_modules(remove_duplicate=False):

@@ -200,6 +200,13 @@ def test_another_version(tmp_path, monkeypatch):
         load_with_memory(own(), tmp_path / "model.pt")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.SafeTensors"])
+def test_a_name_by_which_others_would_misread_it(name, tmp_path):
+    with pytest.raises(ValueError, match=f"path is .*{name}', but .* let its name end in '.pt'"):
+        save_with_memory(with_memories(own()), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_derived_memory_is_refused_before_anything_is_written(tmp_path):
     class Mine(pkm.ProductKeyMemory):
         pass
