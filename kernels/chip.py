@@ -96,7 +96,8 @@ def _chip(index: int) -> Chip:
     else:
         architecture = f"sm_{properties.major}{properties.minor}"
     # torch does not say for AMD's, of which all have 64 KiB or more.
-    shared = getattr(properties, "shared_memory_per_block_optin", 64 << 10)
+    known = CHIPS[architecture].shared if architecture in CHIPS else 64 << 10
+    shared = getattr(properties, "shared_memory_per_block_optin", known)
     return Chip(architecture, properties.multi_processor_count, shared)
 
 

@@ -107,8 +107,11 @@ def product_key_topk_backward(
     of_query, of_subkeys = choose_blocks(query, upcast)
     by_query = of_query.constants(dim, num_subkeys, stages)
     by_subkeys = of_subkeys.constants(dim, num_subkeys, stages)
-    groups, words = triton.cdiv(reads, 32), triton.cdiv(num_subkeys, 64) * 4
-    constants = {"D": dim, "GROUPS": groups, "UPCAST": upcast, "PRECISION": precision}
+    groups, words = triton.cdiv(reads, 32), triton.cdiv(num_subkeys, 16)
+    constants = {
+        "H": heads, "N": num_subkeys, "D": dim, "GROUPS": groups, "WORDS": words,
+        "UPCAST": upcast, "PRECISION": precision,
+    }  # fmt: skip
     options = {"num_stages": 1, "enable_fp_fusion": True}
     # Tokens at a time, and programs that share them for a block of a codebook.
     a_token = 2 * heads * groups * (32 * dtype.itemsize + words * 4)
@@ -122,28 +125,33 @@ def product_key_topk_backward(
     marks = query.new_empty(2 * chunk * heads * groups * words, dtype=torch.int32)
     grad_query = query.new_empty(query.shape)
     grad_subkeys = subkeys.new_empty(subkeys.shape)
-    sums = query.new_empty(parts, *subkeys.shape, dtype=torch.float32)
+    alone = parts == 1 and chunk >= num_tokens
+    sums = grad_subkeys
+    if not alone:
+        sums = query.new_empty(parts, *subkeys.shape, dtype=torch.float32)
     rows = 128 if stages > 1 else 64
     for first in range(0, max(1, num_tokens), chunk):
         some = slice(first, first + chunk)
         count = min(chunk, num_tokens - first)
         compress_reads_kernel[(triton.cdiv(count * heads, rows), 2, groups)](
-            grad_scores[some], slots[some], values, marks, count * heads, num_subkeys, reads,
-            GROUPS=groups, ROWS=rows, BLOCK_W=64, EACH=4, ROUND=precision == "tf32", num_warps=4,
-            **options,
+            grad_scores[some], slots[some], values, marks, count * heads,
+            K=reads, N=num_subkeys, GROUPS=groups, WORDS=words, ROWS=rows,
+            BLOCK_W=min(64, triton.next_power_of_2(words)), EACH=4, ROUND=precision == "tf32",
+            num_warps=4, **options,
         )  # fmt: skip
         blocks = triton.cdiv(count, by_query["BLOCK_T"]) * triton.cdiv(dim, by_query["BLOCK_D"])
         grad_query_kernel[(2 * heads * blocks,)](
-            values, marks, subkeys, grad_query[some], count, heads, num_subkeys,
+            values, marks, subkeys, grad_query[some], count,
             SWAPPED=of_query.swapped, **constants, **by_query, **options,
         )  # fmt: skip
         grad_subkeys_kernel[(owners * parts,)](
-            values, marks, query[some], sums, count, triton.cdiv(count, parts), heads,
-            num_subkeys, ADD=first > 0, **constants, **by_subkeys, **options,
+            values, marks, query[some], sums, count, triton.cdiv(count, parts),
+            ADD=first > 0, **constants, **by_subkeys, **options,
         )  # fmt: skip
-    sum_stretches_kernel[(triton.cdiv(subkeys.numel(), 1024),)](
-        sums, grad_subkeys, subkeys.numel(), parts, BLOCK=1024, num_warps=4, **options
-    )
+    if not alone:
+        sum_stretches_kernel[(triton.cdiv(subkeys.numel(), 1024),)](
+            sums, grad_subkeys, subkeys.numel(), parts, BLOCK=1024, num_warps=4, **options
+        )
     return grad_query, grad_subkeys
 
 

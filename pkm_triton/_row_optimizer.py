@@ -242,12 +242,16 @@ class RowOptimizer(torch.optim.Optimizer):
         """Load what `state_dict` returned; states stay in float32, where torch would cast them.
 
         Raises:
-            ValueError: if groups do not fit, or a state has another shape than it must have.
+            ValueError: if groups do not fit, an option is out of range, or a state has another shape
+                than it must have.
+            TypeError: if an option is of the wrong kind.
         """
         loaded: dict[str, Any] = {}
 
         def check(_: Any, hooked: dict[str, Any]) -> None:
             loaded.update(hooked)
+            for group in hooked["param_groups"]:
+                self.check_options(self.defaults | group)
             for param, index, state in self._by_parameter(hooked):
                 for name in (*self.state_names, "master"):
                     shape = param.shape if name == "master" else self.state_shape(name, param)

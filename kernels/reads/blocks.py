@@ -35,11 +35,11 @@ class Blocks:
 
 def choose_blocks(query: Tensor, upcast: bool) -> tuple[Blocks, Blocks]:
     """The shapes of the two products of the lookup's gradients: the query's and the sub-keys'."""
-    architecture = chip_of(query.device).architecture
-    amd = not architecture.startswith("sm_")
+    chip = chip_of(query.device)
+    amd = not chip.nvidia
     # Whose tensor cores read operands from shared memory, and have memory of their own for sums.
-    tensor_memory = architecture.startswith("sm_10")
-    shared = tensor_memory or architecture == "sm_90"
+    tensor_memory = chip.tensor_memory
+    shared = chip.async_products
     if upcast:
         of_query = Blocks(128, 32, 128 if shared else 64, 8, 2, shared)
         of_subkeys = Blocks(32, 128, 64, 8, 2)

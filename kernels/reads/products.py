@@ -6,50 +6,47 @@ made in registers, from lists of what a token read (`sparse_tiles`), and never i
 
 Shapes: T tokens, H heads, N sub-keys a codebook, k reads a head, D = d_q / 2.
     grad_scores, slots [T, H, k]; query, grad_query [T, H, 2 D]; subkeys, grad_subkeys [H, 2, N, D]
-    values [2, T · H, GROUPS, 32]; words [2, T · H, GROUPS, words_of(N)]: the lists of 32 reads each
+    values [2, T · H, GROUPS, 32]; words [2, T · H, GROUPS, WORDS]: the lists of 32 reads each
 """
 
 import triton
 import triton.language as tl
 
-from .sparse_tiles import make_tile, tile_columns, words_of
+from .sparse_tiles import make_tile, tile_columns
 
 
-@triton.jit(do_not_specialize=["num_tokens", "heads", "num_subkeys"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def grad_query_kernel(
     values_ptr,
     words_ptr,
     subkeys_ptr,
     grad_query_ptr,
-    num_tokens, heads, num_subkeys,
-    D: tl.constexpr, GROUPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    SWAPPED: tl.constexpr,
+    num_tokens,
+    H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_D columns of BLOCK_T tokens of one head and half."""
-    words = words_of(num_subkeys)
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     block = tl.program_id(0)
     column = block % D_BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     half = block // D_BLOCKS % 2
-    head = block // (2 * D_BLOCKS) % heads
-    token = tl.cast(block // (2 * heads * D_BLOCKS), tl.int64) * BLOCK_T
+    head = block // (2 * D_BLOCKS) % H
+    token = tl.cast(block // (2 * H * D_BLOCKS), tl.int64) * BLOCK_T
     row = tl.arange(0, BLOCK_T)[:, None]
     inside = row < num_tokens - token
-    line = ((tl.cast(half, tl.int64) * num_tokens + token) * heads + head) * GROUPS
+    line = ((tl.cast(half, tl.int64) * num_tokens + token) * H + head) * GROUPS
     values_ptr += line * 32
-    words_ptr += line * words
-    keys_ptr = subkeys_ptr + tl.cast(head * 2 + half, tl.int64) * (
-        tl.cast(num_subkeys, tl.int64) * D
-    )
+    words_ptr += line * WORDS
+    keys_ptr = subkeys_ptr + tl.cast(head * 2 + half, tl.int64) * (N * D)
     n = tile_columns(BLOCK_N)[:, None]
     total = tl.zeros([BLOCK_D, BLOCK_T] if SWAPPED else [BLOCK_T, BLOCK_D], tl.float32)
-    for first in tl.range(0, num_subkeys, BLOCK_N, num_stages=STAGES):
+    for first in tl.range(0, N, BLOCK_N, num_stages=STAGES):
         tile = make_tile(
-            values_ptr, words_ptr, row * (heads * GROUPS), inside, first, words, GROUPS, BLOCK_N,
+            values_ptr, words_ptr, row * (H * GROUPS), inside, first, GROUPS, WORDS, BLOCK_N,
             PRECISION == "tf32",
         )  # fmt: skip
-        mask = (n < num_subkeys - first) & (column < D)
+        mask = (n < N - first) & (column < D)
         keys = tl.load(keys_ptr + first * D + (n * D + column), mask=mask, other=0.0)
         if UPCAST:
             keys = keys.to(tl.float32)
@@ -58,57 +55,56 @@ def grad_query_kernel(
             total = tl.dot(tl.trans(keys), tl.trans(tile), total, input_precision=PRECISION)
         else:
             total = tl.dot(tile, keys, total, input_precision=PRECISION)
-    grad_query_ptr += ((token * heads + head) * 2 + half) * D
+    grad_query_ptr += ((token * H + head) * 2 + half) * D
     if SWAPPED:
         total = tl.trans(total)
     total = total.to(grad_query_ptr.dtype.element_ty)
-    tl.store(grad_query_ptr + row * (2 * heads * D) + column, total, mask=inside & (column < D))
+    tl.store(grad_query_ptr + row * (2 * H * D) + column, total, mask=inside & (column < D))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "stretch", "heads", "num_subkeys"])
+@triton.jit(do_not_specialize=["num_tokens", "stretch"])
 def grad_subkeys_kernel(
     values_ptr,
     words_ptr,
     query_ptr,
     parts_ptr,  # [stretches, H, 2, N, D]
-    num_tokens, stretch, heads, num_subkeys,
-    D: tl.constexpr, GROUPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    ADD: tl.constexpr,
+    num_tokens, stretch,
+    H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """A program owns a [BLOCK_N, BLOCK_D] block of a codebook, for a stretch of the tokens.
 
     It stores what they add to it, or if ADD adds that to what is stored.
     """
-    words = words_of(num_subkeys)
-    n_blocks = tl.cdiv(num_subkeys, BLOCK_N)
+    N_BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     D_BLOCKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0)
     column = program % D_BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    first = program // D_BLOCKS % n_blocks * BLOCK_N
-    book = program // (D_BLOCKS * n_blocks) % (2 * heads)
-    part = program // (D_BLOCKS * n_blocks * 2 * heads)
+    first = program // D_BLOCKS % N_BLOCKS * BLOCK_N
+    book = program // (D_BLOCKS * N_BLOCKS) % (2 * H)
+    part = program // (D_BLOCKS * N_BLOCKS * 2 * H)
     head = book // 2
     half = book % 2
     start = part.to(tl.int64) * stretch
     stop = tl.minimum(start + stretch, num_tokens)
     row = tl.arange(0, BLOCK_T)[:, None]
     n = first + tile_columns(BLOCK_N)[:, None]
-    parts_ptr += (part.to(tl.int64) * (2 * heads) + book) * (tl.cast(num_subkeys, tl.int64) * D)
-    mask = (n < num_subkeys) & (column < D)
+    parts_ptr += (part.to(tl.int64) * (2 * H) + book) * (N * D)
+    mask = (n < N) & (column < D)
     if ADD:
         total = tl.load(parts_ptr + (n * D + column), mask=mask, other=0.0)
     else:
         total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for token in tl.range(start, stop, BLOCK_T, num_stages=STAGES):
         inside = row < stop - token
-        line = ((tl.cast(half, tl.int64) * num_tokens + token) * heads + head) * GROUPS
+        line = ((tl.cast(half, tl.int64) * num_tokens + token) * H + head) * GROUPS
         tile = make_tile(
-            values_ptr + line * 32, words_ptr + line * words, row * (heads * GROUPS), inside, first,
-            words, GROUPS, BLOCK_N, PRECISION == "tf32",
+            values_ptr + line * 32, words_ptr + line * WORDS, row * (H * GROUPS), inside, first,
+            GROUPS, WORDS, BLOCK_N, PRECISION == "tf32",
         )  # fmt: skip
-        tokens_ptr = query_ptr + ((token * heads + head) * 2 + half) * D
-        place = row * (2 * heads * D) + column
+        tokens_ptr = query_ptr + ((token * H + head) * 2 + half) * D
+        place = row * (2 * H * D) + column
         query = tl.load(tokens_ptr + place, mask=inside & (column < D), other=0.0)
         if UPCAST:
             query = query.to(tl.float32)
@@ -117,7 +113,7 @@ def grad_subkeys_kernel(
     tl.store(parts_ptr + (n * D + column), total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit
 def sum_stretches_kernel(
     parts_ptr,  # [stretches, elements]
     grad_subkeys_ptr,  # [elements]

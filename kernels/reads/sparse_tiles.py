@@ -22,16 +22,10 @@ UNROLLED = tl.constexpr(4)
 
 
 @triton.jit
-def words_of(num_subkeys):
-    """Words of 16 sub-keys each that a list has: a multiple of four, for wide loads."""
-    return tl.cdiv(num_subkeys, 64) * 4
-
-
-@triton.jit
-def subkey_of(slot, half, num_subkeys):
+def subkey_of(slot, half, N: tl.constexpr):
     """The sub-key of a slot in one half, -1 for a slot that is none."""
-    subkey = tl.where(half == 0, slot // num_subkeys, slot % num_subkeys)
-    return tl.where((slot >= 0) & (slot < num_subkeys * num_subkeys), subkey, -1)
+    subkey = tl.where(half == 0, slot // N, slot % N)
+    return tl.where((slot >= 0) & (slot < N * N), subkey, -1)
 
 
 @triton.jit
@@ -65,47 +59,44 @@ def join(first, last, total, bits, count, first_right, last_right, total_right, 
     return first, last_right, total_right, bits_right, count
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_subkeys", "top_k"])
+@triton.jit(do_not_specialize=["num_queries"])
 def compress_reads_kernel(
     grad_scores_ptr,  # [T · H, k]
     slots_ptr,  # [T · H, k]
     values_ptr,  # [2, T · H, GROUPS, 32]
-    words_ptr,  # [2, T · H, GROUPS, words]
-    num_queries, num_subkeys, top_k,
-    GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr, EACH: tl.constexpr,
-    ROUND: tl.constexpr,
+    words_ptr,  # [2, T · H, GROUPS, WORDS]
+    num_queries,
+    K: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_W: tl.constexpr, EACH: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """A program owns 32 reads each of ROWS queries, in one half; EACH: of the form of `sorting`."""
-    words = words_of(num_subkeys)
     half = tl.program_id(1)
     group = tl.program_id(2)
     start = tl.program_id(0).to(tl.int64) * ROWS
     rows = tl.minimum(num_queries - start, ROWS).to(tl.int32)
-    slots_ptr += start * top_k + group * 32
-    grad_scores_ptr += start * top_k + group * 32
+    slots_ptr += start * K + group * 32
+    grad_scores_ptr += start * K + group * 32
     line = (half * tl.cast(num_queries, tl.int64) + start) * GROUPS + group
     values_ptr += line * 32
-    words_ptr += line * words
+    words_ptr += line * WORDS
     # Clear the words: those with a sub-key are stored below, after a barrier.
     row = tl.arange(0, ROWS)[:, None]
-    for first in tl.range(0, words, BLOCK_W, num_stages=1):
+    for first in tl.range(0, WORDS, BLOCK_W, num_stages=1):
         word = first + tl.arange(0, BLOCK_W)[None, :]
         zeros = tl.zeros([ROWS, BLOCK_W], tl.int32)
-        mask = (row < rows) & (word < words)
-        tl.store(words_ptr + row * (GROUPS * words) + word, zeros, mask=mask)
+        mask = (row < rows) & (word < WORDS)
+        tl.store(words_ptr + row * (GROUPS * WORDS) + word, zeros, mask=mask)
     # Sort by sub-key, then by read. Of a query all 32 reads lie in one thread.
     own = ranks(EACH, 32 // EACH)
     query = sort_rows(1, ROWS)
-    mask = (query < rows) & (own < top_k - group * 32)
-    subkey = subkey_of(
-        tl.load(slots_ptr + query * top_k + own, mask=mask, other=-1), half, num_subkeys
-    )
+    mask = (query < rows) & (own < K - group * 32)
+    subkey = subkey_of(tl.load(slots_ptr + query * K + own, mask=mask, other=-1), half, N)
     key = tl.where(subkey >= 0, ~(subkey * 32 + own), -1 << 31)
     key = tl.permute(sort_top(key, 5, 5), (2, 0, 1, 3))
     key = ~tl.reshape(key, [32, ROWS])
     subkey = key >> 5
-    place = tl.reshape(query, [1, ROWS]) * top_k + (key & 31)
-    grad = tl.load(grad_scores_ptr + place, mask=subkey < num_subkeys, other=0.0).to(tl.float32)
+    place = tl.reshape(query, [1, ROWS]) * K + (key & 31)
+    grad = tl.load(grad_scores_ptr + place, mask=subkey < N, other=0.0).to(tl.float32)
     one = tl.full([32, ROWS], 1, tl.int32)
     each = (subkey, subkey, grad, one << (subkey & 15), one)
     _, _, total, bits, count = tl.associative_scan(each, 0, join)
@@ -119,11 +110,11 @@ def compress_reads_kernel(
     own = tl.arange(0, 32)[None, :]
     after = tl.gather(subkey, tl.broadcast_to(tl.minimum(own + 1, 31), [ROWS, 32]), 1)
     after = tl.where(own == 31, -1, after)
-    mask = (subkey < num_subkeys) & (subkey != after)
+    mask = (subkey < N) & (subkey != after)
     tl.store(values_ptr + row * (GROUPS * 32) + count - 1, total, mask=mask)
-    mask = (subkey < num_subkeys) & (subkey >> 4 != after >> 4)
+    mask = (subkey < N) & (subkey >> 4 != after >> 4)
     tl.debug_barrier()
-    tl.store(words_ptr + row * (GROUPS * words) + (subkey >> 4), word, mask=mask)
+    tl.store(words_ptr + row * (GROUPS * WORDS) + (subkey >> 4), word, mask=mask)
 
 
 @triton.jit
@@ -138,7 +129,7 @@ def tile_columns(WIDTH: tl.constexpr):
 
 
 @triton.jit
-def make_part(values_ptr, words_ptr, line, inside, words, first, WIDTH: tl.constexpr):
+def make_part(values_ptr, words_ptr, line, inside, words, WORDS: tl.constexpr, WIDTH: tl.constexpr):
     """A tile's part from one group of reads, from the lists at `line` [ROWS, 1]."""
     ROWS: tl.constexpr = line.shape[0]
     RUNS: tl.constexpr = WIDTH // 32
@@ -146,8 +137,8 @@ def make_part(values_ptr, words_ptr, line, inside, words, first, WIDTH: tl.const
     values = tl.load(values_ptr + (line * 32 + lane), mask=inside, other=0.0)
     values = tl.broadcast_to(values[:, None, :], [ROWS, RUNS, 32])
     place = tl.arange(0, WIDTH // 16)[None, :]
-    mask = inside & (place < words - first // 16)
-    word = tl.load(words_ptr + (line * words + place), mask=mask, other=0)
+    mask = inside & (place < words)
+    word = tl.load(words_ptr + (line * WORDS + place), mask=mask, other=0)
     word = tl.broadcast_to(tl.reshape(word, [ROWS, 2, RUNS, 1]), [ROWS, 2, RUNS, 16])
     word = tl.reshape(tl.permute(word, (0, 2, 1, 3)), [ROWS, RUNS, 32])
     bit = 1 << (lane % 16)[:, None, :]
@@ -160,24 +151,25 @@ def make_part(values_ptr, words_ptr, line, inside, words, first, WIDTH: tl.const
 
 @triton.jit
 def make_tile(
-    values_ptr, words_ptr, line, inside, first, words, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
-    ROUND: tl.constexpr,
+    values_ptr, words_ptr, line, inside, first, GROUPS: tl.constexpr, WORDS: tl.constexpr,
+    WIDTH: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """The tile of S of some queries and of WIDTH sub-keys from `first` on, in their columns' order.
 
     The lists of a query are at line [ROWS, 1] and after; 32 bits must do for their offsets.
     """
     words_ptr += first // 16
+    words = WORDS - first // 16
     if GROUPS == 1:
-        return make_part(values_ptr, words_ptr, line, inside, words, first, WIDTH)
+        return make_part(values_ptr, words_ptr, line, inside, words, WORDS, WIDTH)
     tile = tl.zeros([line.shape[0], WIDTH], tl.float32)
     if GROUPS <= UNROLLED:
         for group in tl.static_range(GROUPS):
-            part = make_part(values_ptr, words_ptr, line + group, inside, words, first, WIDTH)
+            part = make_part(values_ptr, words_ptr, line + group, inside, words, WORDS, WIDTH)
             tile += part.to(tl.float32)
     else:
         for group in tl.range(GROUPS, num_stages=1):
-            part = make_part(values_ptr, words_ptr, line + group, inside, words, first, WIDTH)
+            part = make_part(values_ptr, words_ptr, line + group, inside, words, WORDS, WIDTH)
             tile += part.to(tl.float32)
     if ROUND:
         tile = round_to_tf32(tile)

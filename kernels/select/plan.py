@@ -10,7 +10,7 @@ from torch import Tensor
 from ..chip import SHARES_MEMORY, Chip, chip_of, float32_precision, takes_float32
 from .kernel import select_kernel
 
-# The most reads of a head for which maxima give a threshold: of more, their groups take too many
+# The most maxima of a row, which give a threshold for half as many reads: more take too many
 # registers.
 MOST_MAXIMA = 256
 # Lists of more tokens than run at once, or than fit into so many bytes, are made in turns.

@@ -108,7 +108,7 @@ MUTATIONS = {
         "tl.where(last == last_right, total / 2, 0.0)", check_lookup,
     ),
     "words not cleared": (
-        "reads/sparse_tiles.py", "(row < rows) & (word < words)", "(row < rows) & (word < 0)",
+        "reads/sparse_tiles.py", "(row < rows) & (word < WORDS)", "(row < rows) & (word < 0)",
         check_lookup,
     ),
     "values counted from the word's first": (
@@ -123,7 +123,7 @@ MUTATIONS = {
         "tl.where(last >> 5 == last_right >> 5, bits, 0)", check_lookup,
     ),
     "reads of the next query": (
-        "reads/sparse_tiles.py", "(own < top_k - group * 32)", "(own < top_k)", check_lookup,
+        "reads/sparse_tiles.py", "(own < K - group * 32)", "(own < K)", check_lookup,
     ),
     "columns in another order": (
         "reads/products.py", "n = first + tile_columns(BLOCK_N)[:, None]",

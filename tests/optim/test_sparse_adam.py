@@ -201,3 +201,17 @@ def test_nan_stays_in_its_row():
     SparseAdam([parameter]).step()
     assert parameter[1].isnan().tolist() == [False, True, False]
     assert not parameter[[0, 2, 3, 4]].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("lr", -1.0), ("lr", float("nan")), ("betas", (2, 0.9)), ("eps", -1.0)]
+)
+def test_loaded_options_are_checked_before_anything_changes(option, value):
+    param = torch.nn.Parameter(torch.ones(3, 2))
+    optimiser = SparseAdam([param])
+    state = optimiser.state_dict()
+    before = optimiser.param_groups[0][option]
+    state["param_groups"][0][option] = value
+    with pytest.raises((ValueError, TypeError), match=option):
+        optimiser.load_state_dict(state)
+    assert optimiser.param_groups[0][option] == before
