@@ -242,8 +242,8 @@ class RowOptimizer(torch.optim.Optimizer):
         """Load what `state_dict` returned; states stay in float32, where torch would cast them.
 
         Raises:
-            ValueError: if groups do not fit, an option is out of range, or a state has another shape
-                than it must have.
+            ValueError: if groups do not fit, an option is out of range, or a state has another
+                shape than it must have.
             TypeError: if an option is of the wrong kind.
         """
         loaded: dict[str, Any] = {}
