@@ -65,6 +65,33 @@ def replace_ffn(
             layers, or more than one, if the layer does not use its FFN as y = f(x), or a memory has
             other widths than what it replaces. The model is as it was then.
     """
+    found, numbers, places = _places(model, layers, ffn)
+    memories = [make_module(make_memory) for _ in places]
+    for number, memory in zip(numbers, memories, strict=True):
+        if isinstance(memory, _KeyValueMemory):
+            _check_fits(found[number - 1], ffn, memory)
+    for place, memory in zip(places, memories, strict=True):
+        replaced = model.get_submodule(place)
+        example = next(replaced.parameters(), None)
+        if example is not None:
+            memory.to(device=example.device, dtype=memory_dtype(model, replaced))
+        memory.train(replaced.training)
+        put_memory(model, place, memory)
+    return memories
+
+
+def check_no_memory(model: nn.Module, layers: Sequence[int], ffn: str) -> None:
+    """None of these layers, the arguments of `replace_ffn`, has a memory for its FFN."""
+    _, numbers, places = _places(model, layers, ffn)
+    for number, place in zip(numbers, places, strict=True):
+        if isinstance(model.get_submodule(place), _KeyValueMemory):
+            raise ValueError(f"layers names layer {number}, but that layer has a memory already")
+
+
+def _places(
+    model: nn.Module, layers: Sequence[int], ffn: str
+) -> tuple[nn.ModuleList, list[int], list[str]]:
+    """The model's list of layers, the numbers of those named, and the names of their FFNs."""
     check_module("model", model)
     if not isinstance(ffn, str):
         raise TypeError(f"ffn must be a name, not {ffn!r}")
@@ -78,18 +105,7 @@ def replace_ffn(
         if not isinstance(found[number - 1], _TORCH_LAYERS):
             check_called_as_a_map(found[number - 1], name)
         places.append(".".join(filter(None, (path, str(number - 1), name))))
-    memories = [make_module(make_memory) for _ in places]
-    for number, memory in zip(numbers, memories, strict=True):
-        if isinstance(memory, _KeyValueMemory):
-            _check_fits(found[number - 1], ffn, memory)
-    for place, memory in zip(places, memories, strict=True):
-        replaced = model.get_submodule(place)
-        example = next(replaced.parameters(), None)
-        if example is not None:
-            memory.to(device=example.device, dtype=memory_dtype(model, replaced))
-        memory.train(replaced.training)
-        put_memory(model, place, memory)
-    return memories
+    return found, numbers, places
 
 
 def _check_fits(layer: nn.Module, ffn: str, memory: _KeyValueMemory) -> None:

@@ -1,5 +1,6 @@
 """Put memories into models of transformers, and describe them in their config."""
 
+import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +11,9 @@ from transformers import PreTrainedModel
 
 from pkm_triton import sharing
 from pkm_triton._kinds import KINDS, described
+from pkm_triton._layer_checks import check_list
 from pkm_triton.memory import ProductKeyMemory, _KeyValueMemory
-from pkm_triton.replace import put_memory, replace_ffn
+from pkm_triton.replace import check_no_memory, put_memory, replace_ffn
 
 from .config import MemoryConfig, write
 
@@ -32,11 +34,12 @@ def add_memories(
 
     Args:
         model: a model of transformers; changed in place.
-        layers: which, counted from 1 (see `pkm_triton.transformer.memory_layers`).
+        layers: which, counted from 1 (see `pkm_triton.transformer.memory_layers`); at least one,
+            and none that has a memory.
         ffn: name of the FFN within a layer (see `replace_ffn`).
         kind: `ProductKeyMemory`, `FlatKeyMemory` or `ProductKeyExperts`.
         share_values: whether the memories share one table of values (experts both tables).
-        **options: arguments of `kind` but for its widths, which are the model's.
+        **options: arguments of `kind` but for `dim`, which is the model's width.
 
     Returns:
         The memories, in the order of the layers.
@@ -52,6 +55,13 @@ def add_memories(
         raise TypeError(f"kind must be {' or '.join(KINDS)}, not {kind!r}")
     if not isinstance(share_values, bool):
         raise TypeError(f"share_values is {share_values!r}, but must be True or False")
+    if len(check_list("layers", layers)) == 0:
+        raise ValueError("layers is empty, but must name at least one layer, counted from 1")
+    allowed = _options(kind)
+    for name in options:
+        if name not in allowed:
+            raise TypeError(f"{name!r} is no option of {kind.__name__}: {', '.join(allowed)}")
+    check_no_memory(model, layers, ffn)
     dim = model.config.get_text_config().hidden_size
     first: list[_KeyValueMemory] = []
 
@@ -67,6 +77,17 @@ def add_memories(
         sharing.share_values(first)  # they were moved to a device and dtype one by one
     write_config(model)
     return memories
+
+
+def _options(kind: type[nn.Module]) -> list[str]:
+    """The options of a kind of memory, those that it hands to its bases among them."""
+    names: dict[str, None] = {}
+    for each in kind.__mro__:
+        if issubclass(each, _KeyValueMemory) and "__init__" in vars(each):
+            for name, parameter in inspect.signature(each).parameters.items():
+                if parameter.kind is not parameter.VAR_KEYWORD and name != "dim":
+                    names[name] = None
+    return list(names)
 
 
 def write_config(model: PreTrainedModel) -> None:

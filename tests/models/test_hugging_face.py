@@ -225,7 +225,11 @@ def test_a_config_without_memories(tmp_path):
         (nn.Linear(3, 3), {}, TypeError, "model must be a PreTrainedModel, not Linear"),
         (None, {"kind": nn.Linear}, TypeError, "kind must be ProductKeyMemory or Fl"),
         (None, {"share_values": 1}, TypeError, "share_values is 1, but must be True or False"),
-        (None, {"wings": 2}, TypeError, "wings"),
+        (None, {"wings": 2}, TypeError, "'wings' is no option of ProductKeyMemory: value_dim"),
+        (None, {"dim": 32}, TypeError, "'dim' is no option of ProductKeyMemory: value_dim, num"),
+        (None, {"gate": "relu"}, TypeError, "'gate' is no option of ProductKeyMemory"),
+        (None, {"layers": []}, ValueError, "layers is empty, but must name at least one"),
+        (None, {"layers": 1}, TypeError, "layers must be a sequence of integers"),
         (None, {"top_k": 0}, ValueError, "top_k is 0"),
         (None, {"ffn": "feed"}, ValueError, "ffn is 'feed'.* to a y of its width: 'mlp'"),
     ],
@@ -234,10 +238,18 @@ def test_wrong_arguments_change_nothing(model, options, error, message):
     given = llama() if model is None else model
     before = dict(given.named_modules())
     with pytest.raises(error, match=message):
-        pkm.hf.add_memories(given, [1], **{**SIZES, **options})
+        pkm.hf.add_memories(given, **{"layers": [1], **SIZES, **options})
     assert dict(given.named_modules()) == before
     if model is None:
         assert getattr(given.config, "quantization_config", None) is None
+
+
+def test_a_layer_that_has_a_memory_keeps_it():
+    model = llama()
+    (memory,) = pkm.hf.add_memories(model, [2], **SIZES)
+    with pytest.raises(ValueError, match="names layer 2, but that layer has a memory"):
+        pkm.hf.add_memories(model, [1, 2], kind=pkm.ProductKeyExperts, gate="relu", **SIZES)
+    assert [m for m in model.modules() if isinstance(m, pkm.ProductKeyMemory)] == [memory]
 
 
 def test_a_memory_of_ones_own_is_refused():
