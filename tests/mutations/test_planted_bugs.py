@@ -72,6 +72,8 @@ def outcome(copy, run):
         "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    # Several processes, as CI has the suite itself, would end with another exit code.
+    environment.pop("PYTEST_ADDOPTS", None)
     done = subprocess.run(
         [*command, *shlex.split(run)],
         cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS,
