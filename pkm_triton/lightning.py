@@ -6,6 +6,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .clipping import clip_grad_norm_
 from .distributed import average_sparse_values, ignore_sparse_values
+from .gradients import FactoredGradient
 
 
 class MemoryModuleMixin:
@@ -15,7 +16,7 @@ class MemoryModuleMixin:
     `gradient_clip_val` then clips gradients of all kinds together, and its "ddp" strategy averages
     sparse ones as what they are. `configure_optimizers` returns one `optim.SparseAdam` of
     `param_groups(self, lr, value_lr)`: Lightning steps several only by hand. Clipping by value
-    stays Lightning's, for dense gradients. Needs Lightning 2.
+    stays Lightning's, for dense gradients; of others it raises ValueError. Needs Lightning 2.
     """
 
     def configure_gradient_clipping(
@@ -29,6 +30,14 @@ class MemoryModuleMixin:
         value = trainer.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
         algorithm = gradient_clip_algorithm or trainer.gradient_clip_algorithm or "norm"
         if algorithm != "norm":
+            grads = (p.grad for group in optimizer.param_groups for p in group["params"])
+            if value and any(
+                g is not None and (isinstance(g, FactoredGradient) or g.is_sparse) for g in grads
+            ):
+                raise ValueError(
+                    f"gradient_clip_algorithm is {str(algorithm)!r}, but must be 'norm' for sparse "
+                    "and factored gradients (sparse_grad=True or 'factored')"
+                )
             super().configure_gradient_clipping(  # pyright: ignore[reportAttributeAccessIssue]
                 optimizer, gradient_clip_val, gradient_clip_algorithm
             )

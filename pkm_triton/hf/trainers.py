@@ -66,7 +66,8 @@ class MemoryTrainerMixin:
     `class MyTrainer(MemoryTrainerMixin, SFTTrainer): ...`; for `Trainer` itself there is
     `MemoryTrainer`. It trains with `optim.SparseAdam`, which on dense gradients is AdamW, at two
     learning rates, clips gradients of all kinds together, and under `DistributedDataParallel`
-    averages sparse ones as what they are. Resuming from a checkpoint continues to the bit.
+    averages sparse ones as what they are; `args.optim` is not looked at. Resuming from a checkpoint
+    continues to the bit.
 
     Args:
         *args: those of the `Trainer`.

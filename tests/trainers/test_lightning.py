@@ -74,3 +74,9 @@ def test_clipping_by_value_stays_lightnings(tmp_path):
     elements = sum(p.numel() for p in model.parameters())
     # Of each element, not of all together.
     assert 2e-3 < min(model.norms) <= max(model.norms) <= 1e-3 * elements**0.5
+
+
+@pytest.mark.parametrize("form", [True, "factored"])
+def test_clipping_by_value_is_refused_for_other_gradients(form, tmp_path):
+    with pytest.raises(ValueError, match=r"gradient_clip_algorithm is .*value.* must be 'norm'"):
+        fit(Model(form), tmp_path, gradient_clip_algorithm="value", gradient_clip_val=1e-3)
