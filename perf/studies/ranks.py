@@ -1,14 +1,16 @@
 """Data-parallel training under `torchrun`, or alone."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 import pkm_triton as pkm
+from pkm_triton.distributed import average_gradients
 
 
 class Ranks:
@@ -21,39 +23,19 @@ class Ranks:
 
     def __init__(self, rank: int = 0, count: int = 1) -> None:
         self.rank, self.count = rank, count
-        self._sparse: list[nn.Parameter] = []
 
-    def share(self, model: nn.Module) -> nn.Module:
-        """What to call in the place of `model` so that gradients are the means over all ranks.
-
-        But for sparse gradients of memory values: `mean_sparse_gradients` after each backward pass.
-        """
+    def share(self, model: nn.Module) -> None:
+        """Give the model rank 0's parameters and buffers, and its batch norm the tokens of all."""
         if self.count == 1:
-            return model
+            return
         pkm.synchronise_batch_norm(model)
-        # DDP takes what requires a gradient, and knows the sparse ones of torch's embeddings only.
-        self._sparse = [
-            module.values
-            for module in model.modules()
-            if isinstance(module, pkm.ProductKeyMemory | pkm.FlatKeyMemory) and module.sparse_grad
-        ]
-        for values in self._sparse:
-            values.requires_grad_(False)
-        shared = nn.parallel.DistributedDataParallel(model)
-        for values in self._sparse:
-            values.requires_grad_(True)
-        return shared
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
 
-    def mean_sparse_gradients(self) -> None:
-        """Make the sparse gradients of the shared model the means over all ranks."""
-        for values in self._sparse:
-            assert values.grad is not None
-            grad = values.grad.coalesce()
-            rows = _gather_rows(grad.indices()[0], self.count)
-            grad_rows = _gather_rows(grad.values() / self.count, self.count)
-            values.grad = torch.sparse_coo_tensor(
-                rows.unsqueeze(0), grad_rows, values.shape, check_invariants=False
-            ).coalesce()
+    def average_gradients(self, model: nn.Module) -> None:
+        """Make the model's gradients the means over all ranks, sparse ones as what they are."""
+        if self.count > 1:
+            average_gradients(model.parameters())
 
     def mean(self, value: float) -> float:
         """The mean over all ranks, on every rank."""
@@ -77,18 +59,6 @@ class Ranks:
             dist.barrier()
 
 
-def _gather_rows(rows: Tensor, ranks: int) -> Tensor:
-    """The rows of all ranks, of which each may have another number, one after the other."""
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(ranks)]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    sizes = [int(count) for count in counts]
-    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(ranks)]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-
 def _device() -> str:
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
@@ -102,6 +72,9 @@ def ranks_of_torchrun(device: str) -> Iterator[Ranks]:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # torch's optimisers import this when first used. Imported while there is a process group it keeps
+    # the group's threads alive, which may abort the process while the interpreter ends.
+    importlib.import_module("torch._dynamo")
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())

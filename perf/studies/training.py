@@ -68,7 +68,7 @@ class Trainer:
         self.model = build_model(trial, data.vocab_size, device)
         self.step = 0
         self.seconds = 0.0
-        self._parallel = self.ranks.share(self.model)
+        self.ranks.share(self.model)
         self._optimisers = make_optimisers(self.model, trial)
         self._losses: list[Tensor] = []
 
@@ -77,11 +77,9 @@ class Trainer:
         self.model.train()
         inputs, targets = self.data.batch(self.step, self.ranks.rank, self.ranks.count)
         factor = learning_rate_factor(self.step + 1, self.trial.warmup)
-        loss = mean_loss(
-            self._parallel, inputs.to(self.device), targets.to(self.device), self.device
-        )
+        loss = mean_loss(self.model, inputs.to(self.device), targets.to(self.device), self.device)
         loss.backward()
-        self.ranks.mean_sparse_gradients()
+        self.ranks.average_gradients(self.model)
         pkm.optim.clip_grad_norm_(self.model.parameters(), self.trial.clip)
         for optimiser in self._optimisers:
             for group in optimiser.param_groups:

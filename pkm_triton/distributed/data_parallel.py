@@ -122,6 +122,7 @@ def average_gradients(parameters: Tensor | Iterable[Tensor], group: Group = None
             kind of gradient or, on all ranks, none.
         group: the process group; None: the default.
     """
+    reduced = []
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         grad = parameter.grad
         if isinstance(grad, FactoredGradient):
@@ -129,8 +130,10 @@ def average_gradients(parameters: Tensor | Iterable[Tensor], group: Group = None
         elif grad is not None and grad.is_sparse:
             _average(parameter, True, group)
         elif grad is not None:
-            distributed.all_reduce(grad, group=group)
-            grad /= distributed.get_world_size(group)
+            reduced.append((grad, distributed.all_reduce(grad, group=group, async_op=True)))
+    for grad, work in reduced:
+        work.wait()
+        grad /= distributed.get_world_size(group)
 
 
 @torch.no_grad()

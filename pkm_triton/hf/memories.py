@@ -55,7 +55,8 @@ def add_memories(
         raise TypeError(f"kind must be {' or '.join(KINDS)}, not {kind!r}")
     if not isinstance(share_values, bool):
         raise TypeError(f"share_values is {share_values!r}, but must be True or False")
-    if len(check_list("layers", layers)) == 0:
+    layers = tuple(check_list("layers", layers))
+    if not layers:
         raise ValueError("layers is empty, but must name at least one layer, counted from 1")
     allowed = _options(kind)
     for name in options:

@@ -72,6 +72,39 @@ def test_torchrun_trains_and_saves_one_model(tmp_path):
     ]
 
 
+THREADS = """
+import os
+from pathlib import Path
+import torch
+from pkm_triton.perf.studies.data import make_data
+from pkm_triton.perf.studies.presets import PRESETS
+from pkm_triton.perf.studies.ranks import ranks_of_torchrun
+from pkm_triton.perf.studies.training import Trainer
+
+def train():
+    with ranks_of_torchrun("cpu") as ranks:
+        trial = PRESETS["tiny"].facts
+        Trainer(trial, make_data(trial, None), ranks=ranks).train_step()
+        ranks.wait()
+
+train()
+names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+assert not any("gloo" in name for name in names), names
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
+def test_no_thread_of_the_process_group_is_left(tmp_path):
+    # One that is left may abort the process while the interpreter ends.
+    (tmp_path / "script.py").write_text(THREADS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "script.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_batch_that_cannot_be_shared(trial, text):
     with pytest.raises(ValueError, match="batch: 4 is no multiple of the 3 ranks"):
         Trainer(trial, make_data(trial, text), ranks=Ranks(0, 3))
