@@ -72,8 +72,8 @@ def ranks_of_torchrun(device: str) -> Iterator[Ranks]:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # torch's optimisers import this when first used. Imported while there is a process group it keeps
-    # the group's threads alive, which may abort the process while the interpreter ends.
+    # torch's optimisers import this when first used. Imported while there is a process group it
+    # keeps the group's threads alive, which may abort the process while the interpreter ends.
     importlib.import_module("torch._dynamo")
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
