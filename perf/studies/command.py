@@ -18,7 +18,7 @@ from pkm_triton.perf.records.files import ensure_writable, write_whole
 from pkm_triton.perf.records.row_file import RowFile
 from pkm_triton.perf.report.plot_style import save
 
-from . import depth, facts, heads_topk, keys, memory_size, position
+from . import curves, depth, facts, heads_topk, keys, memory_size, position
 from .presets import PRESETS, Preset
 from .ranks import Ranks, ranks_of_torchrun
 from .records import TimedRow, TrainedRow
@@ -35,6 +35,7 @@ STUDIES: dict[str, Study] = {
     "position": position,
     "heads-topk": heads_topk,
     "keys": keys,
+    "curves": curves,
     "depth": depth,
     "facts": facts,
 }

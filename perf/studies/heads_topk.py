@@ -40,14 +40,23 @@ def _pairs(preset: Preset) -> list[tuple[int, int]]:
     ]
 
 
+def _one_softmax(preset: Preset, base: Trial) -> list[Trial]:
+    """Pairs of the base's heads · k whose heads share one softmax, as one head has."""
+    return [
+        dataclasses.replace(_at(base, heads, top_k), softmax="all")
+        for heads, top_k in _pairs(preset)
+        if heads > 1 and heads * top_k == base.heads * base.top_k
+    ]
+
+
 def trials(preset: Preset, base: Trial) -> list[Trial]:
-    """Every pair of heads and k."""
-    return [_at(base, heads, top_k) for heads, top_k in _pairs(preset)]
+    """Every pair of heads and k; along one diagonal with one softmax, too."""
+    return [*timed(preset, base), *_one_softmax(preset, base)]
 
 
 def timed(preset: Preset, base: Trial) -> list[Trial]:
-    """The same."""
-    return trials(preset, base)
+    """Every pair of heads and k."""
+    return [_at(base, heads, top_k) for heads, top_k in _pairs(preset)]
 
 
 def report(results: Results, preset: Preset, base: Trial) -> Report:
@@ -74,7 +83,7 @@ def report(results: Results, preset: Preset, base: Trial) -> Report:
         header = [title, *(f"k {top_k}" for top_k in preset.top_ks)]
         sections.append(markdown(header, lines))
     sections.append(_speeds(results, preset, base))
-    sections += ["Equal heads · k:", _diagonals(cells)]
+    sections += ["Equal heads · k:", _diagonals(cells), _softmaxes(results, preset, base)]
     pairs = ", ".join(map(str, paper.FIGURE_6_EQUAL["pairs"]))
     sections.append(
         f"The paper's own, of (heads, k) in {pairs}: usage around "
@@ -94,6 +103,19 @@ def _speeds(results: Results, preset: Preset, base: Trial) -> str:
     if all(text == MISSING for texts in lines for text in texts[1:]):
         return ""
     return markdown(["tokens/s", *(f"k {top_k}" for top_k in preset.top_ks)], lines)
+
+
+def _softmaxes(results: Results, preset: Preset, base: Trial) -> str:
+    """Perplexity with a softmax a head, and with one over the reads of all heads."""
+    lines = []
+    for shared in _one_softmax(preset, base):
+        own, one = results.cell(dataclasses.replace(shared, softmax="head")), results.cell(shared)
+        if own is not None and one is not None:
+            texts = [cell.text("perplexity", ".2f") for cell in (own, one)]
+            lines.append([f"{shared.heads}, {shared.top_k}", *texts])
+    if not lines:
+        return ""
+    return markdown(["heads, k", "perplexity, a softmax a head", "one softmax over all"], lines)
 
 
 def _diagonals(cells: dict[tuple[int, int], Cell | None]) -> str:

@@ -27,6 +27,8 @@ class Preset:
         depth_heads: how many times as many attention heads its models have.
         fact_sizes: |C| of `facts`.
         fact_ffns: hidden widths of the FFN that `facts` compares the memory with.
+        curve_sizes: |C| of `curves`.
+        curve_steps: of `curves`, steps after which its models are evaluated.
         timed_tokens: in one timed call.
         seconds: time for each model in each timed round.
         rounds: timed rounds.
@@ -46,6 +48,8 @@ class Preset:
     depth_heads: int
     fact_sizes: tuple[int, ...]
     fact_ffns: tuple[int, ...]
+    curve_sizes: tuple[int, ...]
+    curve_steps: tuple[int, ...]
     timed_tokens: int
     seconds: float
     rounds: int = 5
@@ -129,6 +133,8 @@ PRESETS: dict[str, Preset] = {
         depth_heads=1,
         fact_sizes=(4, 8),
         fact_ffns=(64,),
+        curve_sizes=(4,),
+        curve_steps=(2, 4, 6),
         timed_tokens=32,
         seconds=0.001,
         rounds=2,
@@ -150,6 +156,8 @@ PRESETS: dict[str, Preset] = {
         depth_heads=1,
         fact_sizes=(16, 32, 64, 128, 256),
         fact_ffns=(256, 1024, 2048),
+        curve_sizes=(64, 128),
+        curve_steps=(400, 800, 1600, 2400, 3200, 4000, 4800, 5600, 6400, 7200, 8000),
         timed_tokens=1024,
         seconds=0.4,
     ),
@@ -178,6 +186,8 @@ PRESETS: dict[str, Preset] = {
         depth_heads=2,  # 16, the paper's
         fact_sizes=PAPER_SIZES,
         fact_ffns=(2048, 8192),
+        curve_sizes=(128, 256),
+        curve_steps=(2_000, 10_000, 50_000, 100_000, 150_000, 200_000),
         timed_tokens=256,
         seconds=2.0,
         rounds=3,

@@ -9,9 +9,10 @@ from pkm_triton.perf.records.row_file import added
 
 from .trial import Trial
 
-TRAINED_SCHEMA = 1
-TIMED_SCHEMA = 2
-"""Raised by one whenever a column is added (see `row_file.added`). 2: seconds."""
+TRAINED_SCHEMA = 3
+TIMED_SCHEMA = 3
+"""Raised whenever a column is added (see `row_file.added`). 2: seconds of what is timed. 3:
+fixed_keys and softmax of the trial."""
 
 _NAN = math.nan
 TRIAL_FIELDS = tuple(field.name for field in dataclasses.fields(Trial))

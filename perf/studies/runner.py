@@ -32,8 +32,10 @@ def train_trials(
 ) -> int:
     """Train the trials that `file` does not hold yet, and add a row for each.
 
-    A trial that is cut off goes on from its checkpoint, which lies beside the file. All data are
-    made before anything is trained, so that what is wrong with them is said at once.
+    A trial that is cut off goes on from its checkpoint, which lies beside the file; one that has
+    more steps than another, and nothing else that differs, goes on from that one's, if it comes
+    after it. All data are made before anything is trained, so that what is wrong with them is said
+    at once.
 
     Args:
         trials: what to train.
@@ -67,9 +69,10 @@ def train_trials(
     for number, trial in enumerate(todo, start=1):
         if ranks.rank == 0:
             progress(f"{number}/{len(todo)}: {trial.label()}")
-        checkpoint = file.path.parent / "checkpoints" / f"{trial.name}.pt"
+        checkpoint = file.path.parent / "checkpoints" / f"{_any_length(trial).name}.pt"
         if ranks.rank == 0:
             checkpoint.parent.mkdir(exist_ok=True)
+        goes_on = _any_length(trial) in map(_any_length, todo[number:])
         row = train_trial(
             trial,
             text,
@@ -77,11 +80,13 @@ def train_trials(
             device=device,
             ranks=ranks,
             checkpoint_seconds=checkpoint_seconds,
+            keep=goes_on,
         )
         if ranks.rank == 0:
             file.add(row)
-            checkpoint.unlink(missing_ok=True)
-            _remove_empty(checkpoint.parent)
+            if not goes_on:
+                checkpoint.unlink(missing_ok=True)
+                _remove_empty(checkpoint.parent)
         ranks.wait()
     return len(todo)
 
@@ -94,10 +99,16 @@ def train_trial(
     device: str,
     ranks: Ranks,
     checkpoint_seconds: float,
+    keep: bool,
 ) -> TrainedRow:
-    """Train one trial and evaluate it, on rank 0; the row of the other ranks has no figures."""
+    """Train one trial and evaluate it, on rank 0; the row of the other ranks has no figures.
+
+    With `keep` the checkpoint is written at the end too, for a longer trial to go on from.
+    """
     trainer = Trainer(trial, make_data(trial, text), device=device, ranks=ranks)
     train_loss = trainer.run(checkpoint, checkpoint_seconds=checkpoint_seconds)
+    if keep:
+        trainer.save(checkpoint)
     row = TrainedRow(**dataclasses.asdict(trial))
     if ranks.rank:
         return row
@@ -119,6 +130,11 @@ def train_trial(
         seconds=trainer.seconds,
         device_name=device_name(device),
     )
+
+
+def _any_length(trial: Trial) -> Trial:
+    """The trial but for its steps: the learning rate of a step does not depend on their number."""
+    return dataclasses.replace(trial, steps=1)
 
 
 def _remove_empty(folder: Path) -> None:

@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import pkm_triton as pkm
 from pkm_triton.perf.records.points import KEYS, require_choice
+from pkm_triton.perf.records.row_file import added
 from pkm_triton.transformer import Transformer
 
 from .tokens import check_tokens
 
 TASKS = ("text", "facts")
 NORMS = ("batch", "layer", "none")
+SOFTMAXES = ("head", "all")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Trial:
         sparse_grad: sparse gradients of the values, and Adam on the rows that were read.
         eval_tokens: the most tokens of the test set to evaluate on.
         seed: of parameters and of the order of the data.
+        fixed_keys: the memories' keys stay at their random start.
+        softmax: over the reads of each `head`, so that heads add up, or over `all` heads' reads.
 
     Raises:
         ValueError: a parameter is out of range.
@@ -79,12 +83,17 @@ class Trial:
     sparse_grad: bool = False
     eval_tokens: int = 1 << 17
     seed: int = 0
+    fixed_keys: bool = added(3, False)
+    softmax: str = added(3, "head")
 
     def __post_init__(self) -> None:
         require_choice("task", self.task, TASKS)
         require_choice("keys", self.keys, KEYS)
         require_choice("query_norm", self.query_norm, NORMS)
         require_choice("norm", self.norm, ("pre", "post"))
+        require_choice("softmax", self.softmax, SOFTMAXES)
+        if self.softmax == "all" and self.keys == "flat":
+            raise ValueError("softmax: 'all' is not allowed for flat keys; allowed: 'head'")
         if self.task == "text":
             check_tokens(self.tokens)
         least = {"facts": int(self.task == "facts"), "seed": 0, "text_size": 0, "query_dim": 2}
@@ -145,9 +154,10 @@ class Trial:
         """A short name for progress lines."""
         memory = "no memory"
         if self.memories:
-            norm = "" if self.query_norm == "batch" else f" norm={self.query_norm}"
+            more = "" if self.query_norm == "batch" else f" norm={self.query_norm}"
+            more += " fixed keys" * self.fixed_keys + " one softmax" * (self.softmax == "all")
             memory = (
-                f"{self.keys} |C|={self.num_subkeys} H={self.heads} k={self.top_k}{norm} "
+                f"{self.keys} |C|={self.num_subkeys} H={self.heads} k={self.top_k}{more} "
                 f"at {self.memory_layers}"
             )
         ffn = "" if self.ffn_dim == 4 * self.dim else f" ffn={self.ffn_dim}"
@@ -176,6 +186,8 @@ _MEMORY = (
     "top_k",
     "query_dim",
     "query_norm",
+    "fixed_keys",
+    "softmax",
 )
 _NOT_ARCHITECTURE = (
     "text",
@@ -189,22 +201,39 @@ _NOT_ARCHITECTURE = (
     "sparse_grad",
     "eval_tokens",
     "seed",
+    "fixed_keys",
 )
+
+
+class OneSoftmaxMemory(pkm.ProductKeyMemory):
+    """A memory whose heads share one softmax: one weighted mean of all reads, not one a head."""
+
+    def weigh(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """See `ProductKeyMemory.weigh`; here the weights sum to 1 over H and k together."""
+        scores, slots = self._topk(query)
+        return scores.flatten(-2).softmax(-1).view_as(scores), slots
 
 
 def memory_maker(trial: Trial) -> Callable[[], nn.Module]:
     """What makes a memory of the trial."""
-    kind = pkm.ProductKeyMemory if trial.keys == "product" else pkm.FlatKeyMemory
+    product = pkm.ProductKeyMemory if trial.softmax == "head" else OneSoftmaxMemory
+    kind = product if trial.keys == "product" else pkm.FlatKeyMemory
     norm: Any = None if trial.query_norm == "none" else trial.query_norm
-    return lambda: kind(
-        trial.dim,
-        num_subkeys=trial.num_subkeys,
-        heads=trial.heads,
-        top_k=trial.top_k,
-        query_dim=trial.query_dim,
-        query_norm=norm,
-        sparse_grad=trial.sparse_grad,
-    )
+
+    def make() -> nn.Module:
+        memory = kind(
+            trial.dim,
+            num_subkeys=trial.num_subkeys,
+            heads=trial.heads,
+            top_k=trial.top_k,
+            query_dim=trial.query_dim,
+            query_norm=norm,
+            sparse_grad=trial.sparse_grad,
+        )
+        getattr(memory, memory.keys_name).requires_grad_(not trial.fixed_keys)
+        return memory
+
+    return make
 
 
 def build_model(trial: Trial, vocab_size: int, device: str = "cpu") -> Transformer:

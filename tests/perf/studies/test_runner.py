@@ -164,3 +164,38 @@ def test_settings_are_of_their_fields_types():
 def test_settings_that_are_none(word):
     with pytest.raises(ValueError, match="set: "):
         parse_settings([word])
+
+
+def test_a_longer_trial_goes_on_from_the_shorter_to_the_same_figures(
+    trial, text, file, tmp_path, monkeypatch
+):
+    chain = [dataclasses.replace(trial, steps=steps) for steps in (2, 4, 6)]
+    alone = RowFile(tmp_path / "alone.csv", TrainedRow)
+    for each in chain:
+        train_trials([each], alone, text)
+    step, made = Trainer.train_step, []
+    monkeypatch.setattr(Trainer, "train_step", lambda self: (made.append(1), step(self))[1])
+    assert train_trials(chain, file, text) == 3
+    assert len(made) == 6
+    assert [figures(row) for row in file.rows] == [figures(row) for row in alone.rows]
+    assert not list(file.path.parent.glob("checkpoints"))
+
+
+def test_a_chain_that_is_cut_off_between_two_trials_makes_no_step_twice(
+    trial, text, file, monkeypatch
+):
+    chain = [dataclasses.replace(trial, steps=steps) for steps in (2, 6)]
+    step, made = Trainer.train_step, []
+
+    def dies(self):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(1)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_trials(chain, file, text)
+    made.extend([1])
+    assert train_trials(chain, RowFile(file.path, TrainedRow), text) == 1
+    assert len(made) == 3 + 4

@@ -13,7 +13,7 @@ import pkm_triton as pkm
 from pkm_triton.perf.studies import training
 from pkm_triton.perf.studies.data import make_data
 from pkm_triton.perf.studies.training import Progress, Trainer, learning_rate_factor
-from pkm_triton.perf.studies.trial import Trial
+from pkm_triton.perf.studies.trial import Trial, memory_maker
 
 
 @pytest.fixture
@@ -243,3 +243,31 @@ def test_facts_train_too(fact_trial):
     trainer.run(output=output)
     assert "bits/byte" not in output.getvalue()
     assert trainer.step == fact_trial.steps
+
+
+@pytest.mark.parametrize("keys", ["product", "flat"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_fixed_keys_stay_where_they_started(trial, text, keys, fixed):
+    trial = dataclasses.replace(trial, keys=keys, fixed_keys=fixed)
+    trainer = Trainer(trial, make_data(trial, text))
+    (memory,) = [m for m in trainer.model.modules() if hasattr(m, "keys_name")]
+    before = getattr(memory, memory.keys_name).detach().clone()
+    values = memory.values.detach().clone()
+    trainer.run(output=io.StringIO())
+    assert torch.equal(getattr(memory, memory.keys_name), before) == fixed
+    assert not torch.equal(memory.values, values)
+
+
+def test_one_softmax_makes_one_weighted_mean_of_all_heads(trial):
+    torch.manual_seed(0)
+    memory = memory_maker(dataclasses.replace(trial, softmax="all"))()
+    x = torch.randn(5, trial.dim)
+    weights, slots = memory.lookup(x)
+    assert slots.shape == weights.shape == (5, trial.heads, trial.top_k)
+    torch.testing.assert_close(weights.sum((-2, -1)), torch.ones(5))
+    usual = memory_maker(trial)()
+    usual.load_state_dict(memory.state_dict())
+    shares = weights / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(usual.lookup(x)[0], shares)
+    with pytest.raises(ValueError, match="softmax: 'all' is not allowed for flat keys"):
+        dataclasses.replace(trial, keys="flat", softmax="all")

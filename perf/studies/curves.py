@@ -1,0 +1,111 @@
+"""Product keys against flat keys over the length of training, with keys trained and fixed."""
+
+import dataclasses
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from pkm_triton.perf.report import paper
+from pkm_triton.perf.report.plot_style import (
+    BLUE,
+    ORANGE,
+    add_caption,
+    add_legend,
+    new_figure,
+    plain_log_axis,
+)
+from pkm_triton.perf.report.plot_style import slots_label as label_of
+from pkm_triton.perf.report.table import markdown
+
+from .presets import Preset
+from .summary import Cell, Report, Results, about, draw, line, published
+from .trial import Trial
+
+TITLE = "Product keys against flat keys, the longer they are trained"
+_FIGURES = {
+    "perplexity": ("Test perplexity", ".2f", 1.0),
+    "usage": ("Usage, %", ".1f", 100.0),
+    "kl": ("KL, nats", ".2f", 1.0),
+}
+_COLOURS = {"product": BLUE, "flat": ORANGE}
+
+
+def _kinds(preset: Preset, base: Trial) -> list[Trial]:
+    """Both kinds of keys of each size; then with fixed keys, of the smallest size only."""
+    trained = [
+        dataclasses.replace(base, num_subkeys=size, keys=keys)
+        for size in preset.curve_sizes
+        for keys in ("product", "flat")
+    ]
+    smallest = min(preset.curve_sizes)
+    fixed = [
+        dataclasses.replace(trial, fixed_keys=True)
+        for trial in trained
+        if trial.num_subkeys == smallest
+    ]
+    return [*trained, *fixed]
+
+
+def _over_time(preset: Preset, trial: Trial) -> list[Trial]:
+    return [dataclasses.replace(trial, steps=steps) for steps in preset.curve_steps]
+
+
+def trials(preset: Preset, base: Trial) -> list[Trial]:
+    """Every kind at every number of steps; each goes on where the one before it ended."""
+    return [each for kind in _kinds(preset, base) for each in _over_time(preset, kind)]
+
+
+def timed(preset: Preset, base: Trial) -> list[Trial]:
+    """Nothing: their speeds are those of `keys`."""
+    return []
+
+
+def _name(trial: Trial) -> str:
+    fixed = ", fixed" if trial.fixed_keys else ""
+    return f"{trial.keys} keys{fixed}, {label_of(trial.num_slots)} slots"
+
+
+def report(results: Results, preset: Preset, base: Trial) -> Report:
+    """A table a figure, and the curves."""
+    kinds = _kinds(preset, base)
+    cells = {kind: [results.cell(trial) for trial in _over_time(preset, kind)] for kind in kinds}
+    if not any(cell for row in cells.values() for cell in row):
+        return Report([], {})
+    tokens = [steps * base.batch * base.context / 1e6 for steps in preset.curve_steps]
+    caption = about(results, base, "num_subkeys", "steps")
+    sections = [caption]
+    for name, (title, spec, scale) in _FIGURES.items():
+        lines = [line(_name(kind), cells[kind], name, spec, scale) for kind in kinds]
+        sections.append(markdown([title, *(f"{count:.3g} M tokens" for count in tokens)], lines))
+    lines = [
+        published("flat keys", paper.TABLE_4_FLAT["perplexity"][:2], ".1f"),
+        published("product keys", paper.TABLE_2["batch"]["perplexity"][:2], ".1f"),
+    ]
+    sizes = [label_of(size**2) for size in paper.TABLE_4_NUM_SUBKEYS[:2]]
+    sections += [
+        "The paper's own perplexities, at the end of its training:",
+        markdown(["keys", *(f"{size} slots" for size in sizes)], lines),
+    ]
+    return Report(sections, {"curves": _figure(cells, tokens, caption)})
+
+
+def _figure(cells: dict[Trial, list[Cell | None]], tokens: list[float], caption: str) -> Figure:
+    figure, axes = new_figure(3, width=13, height=5.2)
+    sizes = sorted({kind.num_subkeys for kind in cells})
+    for kind, row in cells.items():
+        style: dict[str, Any] = {
+            "color": _COLOURS[kind.keys],
+            "marker": "os^"[sizes.index(kind.num_subkeys)],
+            "linestyle": ":" if kind.fixed_keys else "-",
+            "label": _name(kind),
+        }
+        for axis, (name, (_, _, scale)) in zip(axes, _FIGURES.items(), strict=True):
+            draw(axis, tokens, row, name, scale=scale, **style)
+    for axis, (title, _, _) in zip(axes, _FIGURES.values(), strict=True):
+        plain_log_axis(axis, "x", tokens, [f"{count:.3g}" for count in tokens])
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("tokens trained on, millions")
+    axes[1].set_ylim(0, 105)
+    add_legend(figure, axes)
+    add_caption(figure, caption)
+    return figure
