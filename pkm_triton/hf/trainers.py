@@ -31,6 +31,8 @@ _OWN_CLIPPING = (
     DistributedType.MEGATRON_LM,
     DistributedType.XLA,
 )
+# The Trainer's default is one or the other; `optim.SparseAdam` is both where gradients are dense.
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 def clip_all_gradients(accelerator: Accelerator) -> Accelerator:
@@ -66,8 +68,8 @@ class MemoryTrainerMixin:
     `class MyTrainer(MemoryTrainerMixin, SFTTrainer): ...`; for `Trainer` itself there is
     `MemoryTrainer`. It trains with `optim.SparseAdam`, which on dense gradients is AdamW, at two
     learning rates, clips gradients of all kinds together, and under `DistributedDataParallel`
-    averages sparse ones as what they are; `args.optim` is not looked at. Resuming from a checkpoint
-    continues to the bit.
+    averages sparse ones as what they are. Another optimiser than AdamW is refused where `args`
+    choose it, and taken as it is in `optimizers`. Resuming from a checkpoint continues to the bit.
 
     Args:
         *args: those of the `Trainer`.
@@ -78,7 +80,8 @@ class MemoryTrainerMixin:
 
     Raises:
         TypeError: if an option is no number.
-        ValueError: if an option is negative or not finite.
+        ValueError: if an option is negative or not finite, or `args.optim`, `args.optim_args` or
+            `optimizer_cls_and_kwargs` choose another optimiser.
     """
 
     def __init__(
@@ -96,6 +99,20 @@ class MemoryTrainerMixin:
         self.value_weight_decay = value_weight_decay
         self._averaging: Any = None
         super().__init__(*args, **kwargs)
+        self._check_optimizer()
+
+    def _check_optimizer(self: Any) -> None:
+        if self.optimizer is not None:
+            return
+        instead = "MemoryTrainer trains with pkm.optim.SparseAdam: give another as `optimizers`"
+        optim = getattr(self.args.optim, "value", self.args.optim)
+        if optim not in _ADAMW:
+            raise ValueError(f"optim is {optim!r}, but must be {' or '.join(_ADAMW)}: {instead}")
+        if self.args.optim_args:
+            raise ValueError(f"optim_args is {self.args.optim_args!r}, but must be None: {instead}")
+        if self.optimizer_cls_and_kwargs is not None:
+            kind = self.optimizer_cls_and_kwargs[0]
+            raise ValueError(f"optimizer_cls_and_kwargs is of {kind}, but must be None: {instead}")
 
     def create_optimizer(self: Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`optim.SparseAdam` on the values, on what decays and on what does not."""

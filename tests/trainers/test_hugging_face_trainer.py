@@ -120,6 +120,23 @@ def test_bad_options(name, tmp_path):
         trainer(model(True), tmp_path, options={name: -1})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ({"optim": "adafactor"}, {}, "optim is 'adafactor', but must be adamw_torch or adamw_tor"),
+        ({"optim_args": "a=1"}, {}, "optim_args is 'a=1', but must be None"),
+        ({}, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1.0})}, "_kwargs is of .*SGD"),
+    ],
+)
+def test_another_optimiser_is_refused_where_it_would_be_passed_over(
+    arguments, options, message, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        trainer(model(True), tmp_path, options=options, **arguments)
+    own = {"optimizers": (torch.optim.SGD(model(True).parameters(), lr=1.0), None)}
+    assert trainer(model(True), tmp_path, options=own, optim="adafactor").optimizer is not None
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_accelerate_clips_all_gradients(form):
     accelerator = clip_all_gradients(Accelerator(cpu=not torch.cuda.is_available()))
