@@ -72,6 +72,21 @@ def test_every_way_of_loading_brings_the_bits_back(make_model, share_values, tmp
         assert getattr(loaded, "hf_quantizer", None) is None
 
 
+@pytest.mark.parametrize("kind", [pkm.ProductKeyMemory, pkm.ProductKeyExperts, pkm.FlatKeyMemory])
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_what_was_loaded_gives_and_trains_the_same_bits(kind, sparse_grad, tmp_path):
+    """Of several tokens: wherever safetensors leaves the tables, off 16-byte boundaries too."""
+    model = trained(llama, kind=kind, query_norm="layer", query_dim=10, sparse_grad=sparse_grad)
+    model.save_pretrained(tmp_path)
+    loaded = pkm.hf.from_pretrained(tmp_path)
+    assert_same(loaded, model)
+    model.zero_grad()
+    for each in (model, loaded):
+        each(input_ids=IDS, labels=IDS).loss.backward()
+    for (name, ours), theirs in zip(loaded.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours.grad.to_dense(), theirs.grad.to_dense()), name
+
+
 def test_a_shared_table_stays_one_where_moving_a_module_makes_new_parameters():
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
