@@ -18,7 +18,7 @@ from pkm_triton.perf.records.files import ensure_writable, write_whole
 from pkm_triton.perf.records.row_file import RowFile
 from pkm_triton.perf.report.plot_style import save
 
-from . import curves, depth, facts, heads_topk, keys, memory_size, position
+from . import curves, depth, facts, forgetting, heads_topk, keys, memory_size, position
 from .presets import PRESETS, Preset
 from .ranks import Ranks, ranks_of_torchrun
 from .records import TimedRow, TrainedRow
@@ -38,6 +38,7 @@ STUDIES: dict[str, Study] = {
     "curves": curves,
     "depth": depth,
     "facts": facts,
+    "forgetting": forgetting,
 }
 
 
@@ -98,9 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         threads = check_threads(arguments.threads)
     changed = parse_settings(arguments.set)
     folder: Path = arguments.output / arguments.name
-    base = dataclasses.replace(
-        preset.facts if study is STUDIES["facts"] else preset.text, **changed
-    )
+    base = dataclasses.replace(preset.base(arguments.name), **changed)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -153,9 +152,10 @@ def _run(
             print(f"{count} models trained, {len(trials) - count} were there already")
     if ranks.rank:
         return 0
-    if "time" in arguments.stages:
+    models = study.timed(preset, base)
+    if models and "time" in arguments.stages:
         count = time_models(
-            study.timed(preset, base),
+            models,
             timed,
             vocab_size=vocab_size_of(base.tokens),
             sequences=max(1, preset.timed_tokens // base.context),

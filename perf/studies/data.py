@@ -135,6 +135,7 @@ class FactData:
 
     Args:
         trial: with the number of facts, the batch and the seed. The context must be 4.
+        tuning: the facts for tuning, in the place of those before it.
 
     Raises:
         ValueError: the context is another, or there are more facts than keys.
@@ -142,24 +143,25 @@ class FactData:
 
     KEY, VALUE, SYMBOLS = 3, 2, 256
 
-    def __init__(self, trial: Trial) -> None:
+    def __init__(self, trial: Trial, *, tuning: bool = False) -> None:
         if trial.context != self.KEY + self.VALUE - 1:
             raise ValueError(
                 f"context: {trial.context} is not allowed; facts take {self.KEY + self.VALUE - 1}"
             )
         keys = self.SYMBOLS**self.KEY
-        if trial.facts > keys:
-            raise ValueError(f"facts: {trial.facts} is too many; there are {keys} keys")
+        count = trial.facts + trial.tuning_facts
+        if count > keys:
+            raise ValueError(f"facts: {count} is too many; there are {keys} keys")
         self.vocab_size = self.SYMBOLS
         generator = torch.Generator().manual_seed(trial.seed)
-        numbers = _distinct(trial.facts, keys, generator)
+        numbers = _distinct(count, keys, generator)
         places = self.SYMBOLS ** torch.arange(self.KEY)
         key = numbers.unsqueeze(-1) // places % self.SYMBOLS
-        shape = (trial.facts, self.VALUE)
-        value = torch.randint(0, self.SYMBOLS, shape, generator=generator)
-        self._facts = torch.cat([key, value], dim=-1)
+        value = torch.randint(0, self.SYMBOLS, (count, self.VALUE), generator=generator)
+        facts = torch.cat([key, value], dim=-1)
+        self._facts = facts[trial.facts :] if tuning else facts[: trial.facts]
         self._batch = trial.batch
-        self._order = _Order(trial.facts, trial.batch, trial.seed)
+        self._order = _Order(len(self._facts), trial.batch, trial.seed)
 
     def _pair(self, facts: Tensor) -> tuple[Tensor, Tensor]:
         targets = facts[:, 1:].clone()

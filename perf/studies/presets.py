@@ -11,11 +11,13 @@ from .trial import Trial
 
 @dataclass(frozen=True)
 class Preset:
-    """What the studies vary, around a model of text and one of facts.
+    """What the studies vary, around a model of text and two of facts.
 
     Attributes:
         text: the model of text: a memory in one layer, batch norm on the query.
         facts: the model of facts.
+        forgetting: the model of facts that learns more of them afterwards: a norm on the query that
+            has no statistics, which would move whatever is frozen.
         sizes: |C| of `memory-size`, `keys` (product) and the speed of both.
         flat_sizes: |C| of flat keys that are trained; all sizes are timed.
         deeper: layers more, of models without a memory that `memory-size` puts beside those with
@@ -29,6 +31,7 @@ class Preset:
         fact_ffns: hidden widths of the FFN that `facts` compares the memory with.
         curve_sizes: |C| of `curves`.
         curve_steps: of `curves`, steps after which its models are evaluated.
+        tunings: of `forgetting`: learning rates of each way to train on (see `Trial.tuning`).
         timed_tokens: in one timed call.
         seconds: time for each model in each timed round.
         rounds: timed rounds.
@@ -36,6 +39,7 @@ class Preset:
 
     text: Trial
     facts: Trial
+    forgetting: Trial
     sizes: tuple[int, ...]
     flat_sizes: tuple[int, ...]
     deeper: tuple[int, ...]
@@ -50,9 +54,14 @@ class Preset:
     fact_ffns: tuple[int, ...]
     curve_sizes: tuple[int, ...]
     curve_steps: tuple[int, ...]
+    tunings: Mapping[str, tuple[float, ...]]
     timed_tokens: int
     seconds: float
     rounds: int = 5
+
+    def base(self, study: str) -> Trial:
+        """The model that a study varies."""
+        return {"facts": self.facts, "forgetting": self.forgetting}.get(study, self.text)
 
 
 _TINY = Trial(
@@ -116,11 +125,28 @@ _PAPER = Trial(
 )
 
 _FACTS = {"task": "facts", "text": "facts", "tokens": "symbols", "context": 4}
+_SMALL_FACTS = dataclasses.replace(
+    _SMALL, **_FACTS, facts=30_000, layers=2, memory_layers="2", batch=512, steps=1200
+)
+_PAPER_FACTS = dataclasses.replace(
+    _PAPER,
+    **_FACTS,
+    facts=4_000_000,
+    dim=512,
+    ffn_dim=2048,
+    layers=4,
+    memory_layers="3",
+    batch=65_536,
+    steps=20_000,
+)
 
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(
         text=_TINY,
         facts=dataclasses.replace(_TINY, **_FACTS, facts=40, batch=8),
+        forgetting=dataclasses.replace(
+            _TINY, **_FACTS, facts=40, tuning_facts=10, tuning_steps=3, batch=8, query_norm="layer"
+        ),
         sizes=(4, 8),
         flat_sizes=(4,),
         deeper=(1,),
@@ -135,14 +161,22 @@ PRESETS: dict[str, Preset] = {
         fact_ffns=(64,),
         curve_sizes=(4,),
         curve_steps=(2, 4, 6),
+        tunings={"all": (1e-3,), "adapter-2": (1e-3,), "slots-8": (1e-3, 1e-2)},
         timed_tokens=32,
         seconds=0.001,
         rounds=2,
     ),
     "small": Preset(
         text=_SMALL,
-        facts=dataclasses.replace(
-            _SMALL, **_FACTS, facts=30_000, layers=2, memory_layers="2", batch=512, steps=1200
+        facts=_SMALL_FACTS,
+        forgetting=dataclasses.replace(
+            _SMALL_FACTS,
+            facts=10_000,
+            steps=800,
+            num_subkeys=256,
+            query_norm="layer",
+            tuning_facts=500,
+            tuning_steps=100,
         ),
         sizes=(16, 32, 64, 128, 192, 256),
         flat_sizes=(32, 64, 128),
@@ -158,21 +192,26 @@ PRESETS: dict[str, Preset] = {
         fact_ffns=(256, 1024, 2048),
         curve_sizes=(64, 128),
         curve_steps=(400, 800, 1600, 2400, 3200, 4000, 4800, 5600, 6400, 7200, 8000),
+        tunings={
+            "all": (3e-5, 1e-4, 3e-4, 1e-3),
+            "adapter-4": (3e-4, 1e-3, 3e-3, 1e-2),
+            "adapter-32": (3e-4, 1e-3, 3e-3, 1e-2),
+            "slots-500": (1e-2, 3e-2, 1e-1),
+            "slots-2000": (3e-3, 1e-2, 3e-2, 1e-1),
+            "slots-8000": (3e-3, 1e-2, 3e-2, 1e-1),
+        },
         timed_tokens=1024,
         seconds=0.4,
     ),
     "paper": Preset(
         text=_PAPER,
-        facts=dataclasses.replace(
-            _PAPER,
-            **_FACTS,
-            facts=4_000_000,
-            dim=512,
-            ffn_dim=2048,
-            layers=4,
-            memory_layers="3",
-            batch=65_536,
-            steps=20_000,
+        facts=_PAPER_FACTS,
+        forgetting=dataclasses.replace(
+            _PAPER_FACTS,
+            num_subkeys=1024,
+            query_norm="layer",
+            tuning_facts=100_000,
+            tuning_steps=1_000,
         ),
         sizes=PAPER_SIZES,
         flat_sizes=(128, 256, 384),
@@ -188,6 +227,12 @@ PRESETS: dict[str, Preset] = {
         fact_ffns=(2048, 8192),
         curve_sizes=(128, 256),
         curve_steps=(2_000, 10_000, 50_000, 100_000, 150_000, 200_000),
+        tunings={
+            "all": (1e-5, 1e-4, 1e-3),
+            "adapter-32": (1e-4, 1e-3, 1e-2),
+            "slots-10000": (1e-3, 1e-2, 1e-1),
+            "slots-100000": (1e-3, 1e-2, 1e-1),
+        },
         timed_tokens=256,
         seconds=2.0,
         rounds=3,

@@ -9,10 +9,10 @@ from pkm_triton.perf.records.row_file import added
 
 from .trial import Trial
 
-TRAINED_SCHEMA = 3
-TIMED_SCHEMA = 3
+TRAINED_SCHEMA = 4
+TIMED_SCHEMA = 4
 """Raised whenever a column is added (see `row_file.added`). 2: seconds of what is timed. 3:
-fixed_keys and softmax of the trial."""
+fixed_keys and softmax of the trial. 4: its tuning."""
 
 _NAN = math.nan
 TRIAL_FIELDS = tuple(field.name for field in dataclasses.fields(Trial))
@@ -32,9 +32,12 @@ class TrainedRow(Trial):
         recall: share of the facts of which every value token has the highest logit.
         usage, kl: of the memories over the test set (paper 4.2).
         reads_per_slot: reads of the evaluation over slots: usage is bounded by what was asked.
+        kept: after tuning, the recall of the facts learned before it; the other figures are then of
+            the facts that it was for.
         train_loss: mean loss of the last tenth of the steps.
         train_tokens: tokens trained on.
         parameters, memory_parameters: elements of all parameters, and of the memories'.
+        tuned_parameters: elements of the parameters that tuning trained.
         seconds: of training, on this machine with whatever else it did.
         device_name: the processor or the GPU.
     """
@@ -46,10 +49,12 @@ class TrainedRow(Trial):
     usage: float = _NAN
     kl: float = _NAN
     reads_per_slot: float = _NAN
+    kept: float = added(4, _NAN)
     train_loss: float = _NAN
     train_tokens: int = 0
     parameters: int = 0
     memory_parameters: int = 0
+    tuned_parameters: int = added(4, 0)
     seconds: float = _NAN
     device_name: str = ""
     torch_version: str = ""

@@ -15,6 +15,7 @@ from .records import TrainedRow
 from .text import Text
 from .training import Trainer
 from .trial import Trial
+from .tuning import tune
 
 TRAINED_CSV = "trained.csv"
 
@@ -34,8 +35,8 @@ def train_trials(
 
     A trial that is cut off goes on from its checkpoint, which lies beside the file; one that has
     more steps than another, and nothing else that differs, goes on from that one's, if it comes
-    after it. All data are made before anything is trained, so that what is wrong with them is said
-    at once.
+    after it; a tuning starts from the checkpoint of what it tunes. All data are made before
+    anything is trained, so that what is wrong with them is said at once.
 
     Args:
         trials: what to train.
@@ -69,10 +70,10 @@ def train_trials(
     for number, trial in enumerate(todo, start=1):
         if ranks.rank == 0:
             progress(f"{number}/{len(todo)}: {trial.label()}")
-        checkpoint = file.path.parent / "checkpoints" / f"{_any_length(trial).name}.pt"
+        checkpoint = file.path.parent / "checkpoints" / f"{_training_of(trial).name}.pt"
         if ranks.rank == 0:
             checkpoint.parent.mkdir(exist_ok=True)
-        goes_on = _any_length(trial) in map(_any_length, todo[number:])
+        goes_on = _training_of(trial) in map(_training_of, todo[number:])
         row = train_trial(
             trial,
             text,
@@ -103,17 +104,26 @@ def train_trial(
 ) -> TrainedRow:
     """Train one trial and evaluate it, on rank 0; the row of the other ranks has no figures.
 
-    With `keep` the checkpoint is written at the end too, for a longer trial to go on from.
+    With `keep` the checkpoint is written at the end too, for another trial to go on from.
     """
-    trainer = Trainer(trial, make_data(trial, text), device=device, ranks=ranks)
-    train_loss = trainer.run(checkpoint, checkpoint_seconds=checkpoint_seconds)
+    first = trial.before_tuning()
+    trainer = Trainer(first, make_data(first, text), device=device, ranks=ranks)
+    before = trainer.data
+    trainer.run(checkpoint, checkpoint_seconds=checkpoint_seconds)
     if keep:
         trainer.save(checkpoint)
+    if trial.tuning:
+        trainer = tune(trainer, trial, ranks)
+    train_loss = trainer.train_loss()
     row = TrainedRow(**dataclasses.asdict(trial))
     if ranks.rank:
         return row
-    figures = dataclasses.asdict(evaluate(trainer.model, trainer.data, device))
     model = trainer.model
+    figures = dataclasses.asdict(evaluate(model, trainer.data, device))
+    if trial.tuning:
+        tuned = [each.numel() for each in model.parameters() if each.requires_grad]
+        figures["kept"] = evaluate(model, before, device).recall
+        figures["tuned_parameters"] = sum(tuned)
     memories = [
         module
         for module in model.modules()
@@ -124,7 +134,7 @@ def train_trial(
         **figures,
         **versions(),
         train_loss=train_loss,
-        train_tokens=trial.steps * trial.batch * trial.context,
+        train_tokens=trainer.trial.steps * trial.batch * trial.context,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         memory_parameters=sum(each.numel() for layer in memories for each in layer.parameters()),
         seconds=trainer.seconds,
@@ -132,9 +142,9 @@ def train_trial(
     )
 
 
-def _any_length(trial: Trial) -> Trial:
-    """The trial but for its steps: the learning rate of a step does not depend on their number."""
-    return dataclasses.replace(trial, steps=1)
+def _training_of(trial: Trial) -> Trial:
+    """The trial but for its steps, on whose number no learning rate depends, and its tuning."""
+    return dataclasses.replace(trial.before_tuning(), steps=1)
 
 
 def _remove_empty(folder: Path) -> None:

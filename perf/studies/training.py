@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import pkm_triton as pkm
 from pkm_triton.checkpoints import read_tensors, write_tensors
+from pkm_triton.transformer import Transformer
 
 from .data import IGNORED, Data
 from .ranks import Ranks
@@ -45,6 +46,7 @@ class Trainer:
         data: what on.
         device: `cpu` or `cuda`; on `cuda` in mixed precision, bfloat16.
         ranks: the ranks that share each batch.
+        model: the trial's model, to be trained further; by default a new one.
 
     Attributes:
         model: the transformer.
@@ -56,7 +58,13 @@ class Trainer:
     """
 
     def __init__(
-        self, trial: Trial, data: Data, *, device: str = "cpu", ranks: Ranks | None = None
+        self,
+        trial: Trial,
+        data: Data,
+        *,
+        device: str = "cpu",
+        ranks: Ranks | None = None,
+        model: Transformer | None = None,
     ) -> None:
         self.trial, self.data, self.device = trial, data, device
         self.ranks = ranks or Ranks()
@@ -65,7 +73,7 @@ class Trainer:
                 f"batch: {trial.batch} is no multiple of the {self.ranks.count} ranks that share it"
             )
         torch.manual_seed(trial.seed)
-        self.model = build_model(trial, data.vocab_size, device)
+        self.model = model or build_model(trial, data.vocab_size, device)
         self.step = 0
         self.seconds = 0.0
         self.ranks.share(self.model)

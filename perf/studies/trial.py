@@ -49,6 +49,11 @@ class Trial:
         seed: of parameters and of the order of the data.
         fixed_keys: the memories' keys stay at their random start.
         softmax: over the reads of each `head`, so that heads add up, or over `all` heads' reads.
+        tuning: how the trained model is then trained on facts more: `all` (everything trains),
+            `adapter-R` (low-rank adapters of rank R of all linear layers) or `slots-T` (the T slots
+            of each memory that these facts read more than the first ones); empty for not at all.
+        tuning_facts: how many facts more there are.
+        tuning_steps, tuning_lr: of that training; values learn faster by the same ratio.
 
     Raises:
         ValueError: a parameter is out of range.
@@ -85,6 +90,10 @@ class Trial:
     seed: int = 0
     fixed_keys: bool = added(3, False)
     softmax: str = added(3, "head")
+    tuning: str = added(4, "")
+    tuning_facts: int = added(4, 0)
+    tuning_steps: int = added(4, 1)
+    tuning_lr: float = added(4, 1e-3)
 
     def __post_init__(self) -> None:
         require_choice("task", self.task, TASKS)
@@ -96,7 +105,9 @@ class Trial:
             raise ValueError("softmax: 'all' is not allowed for flat keys; allowed: 'head'")
         if self.task == "text":
             check_tokens(self.tokens)
+            require_choice("tuning", self.tuning, ("",))
         least = {"facts": int(self.task == "facts"), "seed": 0, "text_size": 0, "query_dim": 2}
+        least["tuning_facts"] = int(self.tuned_by[0] != "")
         for field in dataclasses.fields(Trial):
             value = getattr(self, field.name)
             if field.type is int and value < least.get(field.name, 1):
@@ -140,6 +151,17 @@ class Trial:
             ) from None
 
     @property
+    def tuned_by(self) -> tuple[str, int]:
+        """The first part of `tuning`, and its number, 0 for none."""
+        kind, _, size = self.tuning.partition("-")
+        number = int(size) if size.isdecimal() else 0
+        if (kind, size) in (("", ""), ("all", "")) or (kind in ("adapter", "slots") and number):
+            return kind, number
+        raise ValueError(
+            f"tuning: {self.tuning!r} is not allowed; give all, adapter-RANK or slots-NUMBER"
+        )
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """All parameters."""
         return dataclasses.astuple(self)
@@ -161,7 +183,8 @@ class Trial:
                 f"at {self.memory_layers}"
             )
         ffn = "" if self.ffn_dim == 4 * self.dim else f" ffn={self.ffn_dim}"
-        return f"{self.layers}x{self.dim}{ffn}, {memory}, seed {self.seed}"
+        tuning = f", tuning {self.tuning} lr={self.tuning_lr:g}" if self.tuning else ""
+        return f"{self.layers}x{self.dim}{ffn}, {memory}, seed {self.seed}{tuning}"
 
     def without_memory(self) -> "Trial":
         """The same model with its FFN in every layer; fields of the memory at their defaults."""
@@ -170,6 +193,10 @@ class Trial:
     def architecture(self) -> "Trial":
         """The same model, with all that its speed does not depend on at the defaults."""
         return self._reset(_NOT_ARCHITECTURE)
+
+    def before_tuning(self) -> "Trial":
+        """The training that the tuning starts from."""
+        return self._reset(("tuning", "tuning_steps", "tuning_lr"))
 
     def _reset(self, names: tuple[str, ...]) -> "Trial":
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
@@ -202,6 +229,10 @@ _NOT_ARCHITECTURE = (
     "eval_tokens",
     "seed",
     "fixed_keys",
+    "tuning",
+    "tuning_facts",
+    "tuning_steps",
+    "tuning_lr",
 )
 
 

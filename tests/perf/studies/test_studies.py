@@ -38,7 +38,7 @@ def test_a_study_runs_end_to_end(name, source, tmp_path, capsys):
     folder = tmp_path / "out" / name
     stem = name.replace("-", "_")
     names = {"trained.csv", "table.md", f"{stem}.png", f"{stem}.svg"}
-    if name not in ("position", "curves"):
+    if name not in ("position", "curves", "forgetting"):
         names.add("timed.csv")
     assert {path.name for path in folder.iterdir()} == names
     rows = read_rows(folder / TRAINED_CSV, TrainedRow)
@@ -47,7 +47,7 @@ def test_a_study_runs_end_to_end(name, source, tmp_path, capsys):
     table = (folder / "table.md").read_text()
     assert table.startswith(f"# {STUDIES[name].TITLE}")
     assert "2 seeds" in table
-    if name != "facts":
+    if name not in ("facts", "forgetting"):
         assert "The paper's own" in table
         assert "Text: text.txt" in table
     before = (folder / TRAINED_CSV).read_text()
@@ -63,7 +63,7 @@ def test_a_study_runs_end_to_end(name, source, tmp_path, capsys):
 @pytest.mark.parametrize("name", list(STUDIES))
 def test_every_preset_makes_trials(name, preset):
     study, sizes = STUDIES[name], PRESETS[preset]
-    trials = study.trials(sizes, sizes.facts if name == "facts" else sizes.text)
+    trials = study.trials(sizes, sizes.base(name))
     assert len(trials) == len(set(trials)) >= 2
 
 
@@ -82,7 +82,7 @@ def test_the_papers_preset_has_the_papers_sizes():
 
 def test_what_studies_share_is_the_same_trial():
     preset = PRESETS["small"]
-    sets = {name: set(STUDIES[name].trials(preset, preset.text)) for name in STUDIES}
+    sets = {name: set(STUDIES[name].trials(preset, preset.base(name))) for name in STUDIES}
     assert len(sets["keys"] & sets["memory-size"]) == len(preset.sizes)
     assert sets["position"] & sets["memory-size"] & sets["heads-topk"]
 
@@ -130,9 +130,9 @@ def test_a_cell_is_the_mean_over_seeds(trial):
 
 
 def test_a_report_of_no_rows_writes_nothing(tmp_path):
-    for study in STUDIES.values():
-        preset = PRESETS["tiny"]
-        assert write_report(study, Results([], []), preset, preset.text, tmp_path) == []
+    preset = PRESETS["tiny"]
+    for name, study in STUDIES.items():
+        assert write_report(study, Results([], []), preset, preset.base(name), tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,6 +163,7 @@ TINY = ["--preset", "tiny", "--device", "cpu", "--threads", "1"]
         (["keys", "--device", "tpu"], "device: 'tpu' is unknown"),
         (["keys", "--set", "speed=9"], "set: 'speed=9' is not allowed"),
         (["keys", "--set", "memory_layers=9"], "memory_layers: layer 9 does not exist"),
+        (["forgetting", "--set", "tuning_facts=0"], "tuning_facts: 0 is too small"),
         (["keys", "--text", "/nowhere"], "text: '/nowhere' is neither"),
     ],
 )
