@@ -73,10 +73,12 @@ def count_reads(
         for layer in model.modules()
         if isinstance(layer, pkm.ProductKeyMemory | pkm.FlatKeyMemory)
     }
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, x: counts[layer].update(layer.lookup(*x)[1]))
-        for layer in counts
-    ]
+
+    def count(layer: nn.Module, arguments: tuple[Tensor]) -> None:
+        assert isinstance(layer, pkm.ProductKeyMemory | pkm.FlatKeyMemory)
+        counts[layer].update(layer.lookup(*arguments)[1])
+
+    hooks = [layer.register_forward_pre_hook(count) for layer in counts]
     model.eval()
     for inputs, _ in data.test_batches():
         for few in inputs.split(BACKGROUND_BATCH):
