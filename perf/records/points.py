@@ -13,7 +13,7 @@ COMPILED = {
 IMPLEMENTATIONS = ("pkm_triton", "textbook", *COMPILED, "product-key-memory")
 KEYS = ("product", "flat")
 PASSES = ("forward", "forward+backward", "step", "fused-step")
-READS = ("layer", "uniform", "zipf")
+READS = ("layer", "uniform", "zipf", "trained")
 NORMS = ("batch", "layer", "none")
 DTYPES = {
     "float32": torch.float32,
@@ -52,7 +52,8 @@ class Point:
         sparse_grad: whether the gradient of the values is sparse; matters in backward only, and
             means nothing to `fused-step`.
         reads: which slots the gather reads: those the `layer` finds, or generated ones,
-            `uniform` or `zipf` (the probability of the slot of rank r is proportional to 1 / r).
+            `uniform`, `zipf` (the probability of the slot of rank r is proportional to 1 / r) or
+            `trained` (as unevenly as a trained memory was seen to read).
         device: `cpu` or `cuda`.
         threads: CPU threads PyTorch may use.
 

@@ -19,13 +19,14 @@ from pkm_triton.perf.records.files import ensure_writable
 
 from .data import make_data
 from .evaluation import evaluate
+from .popularity import save_reads
 from .presets import PRESETS
 from .ranks import Ranks, ranks_of_torchrun
 from .text import SOURCES, read_text
 from .training import Trainer
 from .trial import Trial, parse_settings
 
-CHECKPOINT, MODEL = "checkpoint.pt", "model.pt"
+CHECKPOINT, MODEL, READS = "checkpoint.pt", "model.pt", "reads.csv"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         default=Path("train-output"),
-        help=f"folder for {CHECKPOINT} and {MODEL} (default: %(default)s)",
+        help=f"folder for {CHECKPOINT}, {MODEL} and {READS}, how unevenly slots are read "
+        "(default: %(default)s)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
@@ -108,5 +110,7 @@ def _train(arguments: argparse.Namespace, trial: Trial, device: str, ranks: Rank
         known = {name: value for name, value in figures.items() if not math.isnan(value)}
         print("test set: " + ", ".join(f"{name} {value:.4g}" for name, value in known.items()))
         print(folder / MODEL)
+        if save_reads(folder / READS, trainer.model, trainer.data, device):
+            print(folder / READS)
     ranks.wait()
     return 0

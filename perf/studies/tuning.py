@@ -79,10 +79,12 @@ def count_reads(
         counts[layer].update(layer.lookup(*arguments)[1])
 
     hooks = [layer.register_forward_pre_hook(count) for layer in counts]
+    training = model.training
     model.eval()
     for inputs, _ in data.test_batches():
         for few in inputs.split(BACKGROUND_BATCH):
             model(few.to(device))
+    model.train(training)
     for hook in hooks:
         hook.remove()
     return counts

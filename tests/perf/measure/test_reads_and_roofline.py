@@ -1,11 +1,12 @@
 import dataclasses
 import types
 
+import numpy
 import pytest
 import torch
 
 from pkm_triton.perf.measure import roofline
-from pkm_triton.perf.measure.reads import generate_slots
+from pkm_triton.perf.measure.reads import TRAINED, generate_slots, read_shares, write_shares
 from pkm_triton.perf.records.points import Point
 
 
@@ -14,7 +15,7 @@ def draw(distribution, shape, num_slots):
     return generate_slots(distribution, shape, num_slots, generator=generator, device="cpu")
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "zipf"])
+@pytest.mark.parametrize("distribution", ["uniform", "zipf", "trained"])
 def test_slots_are_in_range_and_repeat(distribution):
     slots = draw(distribution, (50, 4, 32), 97)
     assert slots.shape == (50, 4, 32)
@@ -35,6 +36,30 @@ def test_uniform_reads_are_even_and_zipf_reads_follow_their_rank():
     weights = 1 / torch.arange(1, slots + 1)
     torch.testing.assert_close(by_rank.values, weights / weights.sum(), atol=4e-3, rtol=0)
     assert not torch.equal(by_rank.indices, torch.arange(slots))
+
+
+def test_trained_reads_are_as_uneven_as_recorded():
+    parts, shares = read_shares(TRAINED)
+    assert (parts[0], shares[0]) == (0, 0)
+    assert (parts[-1], shares[-1]) == (1, 1)
+    assert (parts.diff() > 0).all()
+    # The most read first: the share of the reads rises ever more slowly.
+    steepness = shares.diff() / parts.diff()
+    assert (steepness.diff() <= 1e-3 * steepness[:-1]).all()
+    count, slots = 200_000, 1000
+    drawn = draw("trained", (count,), slots).bincount(minlength=slots) / count
+    by_rank = drawn.sort(descending=True)
+    assert not torch.equal(by_rank.indices, torch.arange(slots))
+    for end in (100, 300, 1000):
+        expected = numpy.interp(end / slots, parts, shares)
+        assert by_rank.values[:end].sum().item() == pytest.approx(expected, abs=0.01)
+
+
+def test_shares_come_back_as_they_were_written(tmp_path):
+    write_shares(tmp_path / "reads.csv", [(0.25, 0.5), (1.0, 1.0)])
+    parts, shares = read_shares(tmp_path / "reads.csv")
+    assert parts.tolist() == [0, 0.25, 1]
+    assert shares.tolist() == [0, 0.5, 1]
 
 
 POINT = Point(

@@ -69,6 +69,7 @@ def test_torchrun_trains_and_saves_one_model(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "checkpoint.pt",
         "model.pt",
+        "reads.csv",
     ]
 
 

@@ -1,0 +1,34 @@
+"""How unevenly trained memories read their slots, as the sweep's `trained` reads follow it."""
+
+import math
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pkm_triton.perf.measure.reads import write_shares
+
+from .data import Data
+from .tuning import count_reads
+
+
+def read_shares(counts: Tensor) -> list[tuple[float, float]]:
+    """Of a memory's slots, the most read first: (part of the slots, share of all reads).
+
+    From one slot to all of them, four points for each doubling.
+
+    Args:
+        counts: reads of each slot, [K].
+    """
+    most_first = counts.sort(descending=True).values.cumsum(0) / counts.sum()
+    slots = len(counts)
+    last = math.ceil(4 * math.log2(slots))
+    ends = sorted({min(slots, round(2 ** (step / 4))) for step in range(last + 1)})
+    return [(end / slots, most_first[end - 1].item()) for end in ends]
+
+
+def save_reads(path: Path, model: nn.Module, data: Data, device: str) -> bool:
+    """Write the shares of the model's first memory; returns whether it has one."""
+    for counted in count_reads(model, data, device).values():
+        write_shares(path, read_shares(counted.counts.cpu()))
+        return True
+    return False
