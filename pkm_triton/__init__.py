@@ -3,6 +3,10 @@
 A public name is imported when it is asked for, so that `pkm-perf --help` need not wait for torch.
 `import pkm_triton.ops` registers the operators at once, as a process needs that loads an exported
 program and uses nothing else of this package.
+
+`importlib.reload(pkm_triton)` changes nothing for objects made before. Reloading its modules, or
+importing all of it anew, makes new classes: layers made before go on computing and training, but
+what looks for memories in a model (`param_groups`, `save_with_memory`, ...) does not know them.
 """
 
 import importlib

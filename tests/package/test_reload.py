@@ -45,6 +45,29 @@ print("fine")
 """
 
 
+def test_a_plain_reload_changes_nothing_for_layers_made_before(tmp_path):
+    again = f"""
+import importlib, torch
+import pkm_triton as pkm
+model = torch.nn.Sequential(pkm.ProductKeyMemory(8, num_subkeys=8, top_k=3, query_dim=8))
+pkm = importlib.reload(pkm)
+assert isinstance(model[0], pkm.ProductKeyMemory)
+rest, values = pkm.param_groups(model)
+assert values["params"] == [model[0].values]
+with pkm.track_usage(model) as usages:
+    model(torch.randn(5, 8))
+assert usages["0"].usage() > 0
+pkm.save_with_memory(model, {str(tmp_path / "model.pt")!r})
+loaded = torch.nn.Sequential(torch.nn.Identity())
+pkm.load_with_memory(loaded, {str(tmp_path / "model.pt")!r})
+assert torch.equal(loaded[0].values, model[0].values)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", again], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_imported_again():
     done = subprocess.run(
