@@ -34,9 +34,10 @@ class MemoryModuleMixin:
             if value and any(
                 g is not None and (isinstance(g, FactoredGradient) or g.is_sparse) for g in grads
             ):
+                name = getattr(algorithm, "value", algorithm)
                 raise ValueError(
-                    f"gradient_clip_algorithm is {str(algorithm)!r}, but must be 'norm' for sparse "
-                    "and factored gradients (sparse_grad=True or 'factored')"
+                    f"gradient_clip_algorithm is {name!r}, but must be 'norm' for sparse and "
+                    "factored gradients (sparse_grad=True or 'factored')"
                 )
             super().configure_gradient_clipping(  # pyright: ignore[reportAttributeAccessIssue]
                 optimizer, gradient_clip_val, gradient_clip_algorithm
