@@ -69,12 +69,12 @@ class ProductKeyExperts(ProductKeyMemory):
     def _read(self, x: Tensor, mask: Tensor | None, slots: Tensor, weights: Tensor) -> Tensor:
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
-        products = sample_values(self.inputs, slots, x, sparse_grad=self.sparse_grad)
+        inputs, values = self.inputs, self.values
+        products = sample_values(inputs, slots, x, sparse_grad=self._form(inputs))
         rows = math.prod(slots.shape[:-1])
         flat = [each.reshape(rows, slots.shape[-1]) for each in (slots, weights, products)]
-        out = gather_experts(
-            self.values, flat[0], flat[1], flat[2], self.activation, self.sparse_grad
-        )
+        form = self._form(values)
+        out = gather_experts(values, flat[0], flat[1], flat[2], self.activation, form)
         return out.view(*slots.shape[:-1], self.value_dim)
 
     def arguments(self) -> dict[str, Any]:

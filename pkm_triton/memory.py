@@ -201,7 +201,15 @@ class _KeyValueMemory(HostedModule, ABC):
         """The sums [..., value_dim] of what tokens x read: slots and weights [..., R]."""
         if self.tuned is not None:
             return self.tuned(self.values, slots, weights)
-        return gather_values(self.values, slots, weights, sparse_grad=self.sparse_grad)
+        values = self.values
+        return gather_values(values, slots, weights, sparse_grad=self._form(values))
+
+    def _form(self, table: Tensor) -> SparseGrad:
+        """The form of a table's gradient.
+
+        What a parametrization makes is a whole table, and few of its steps back take another form.
+        """
+        return self.sparse_grad if table.is_leaf else False
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that make a layer of this kind and these sizes, as plain data."""
@@ -255,7 +263,8 @@ class ProductKeyMemory(_KeyValueMemory):
         output: what follows the sum m of values: "gated", W_v(m · silu(W_s x)) as in Memory+
             (Berges et al. 2024); "linear", W_v m; or None. The output then is as wide as a token.
         sparse_grad: what the gradient of `values` is: dense (False), sparse (True), or "factored",
-            for `optim.SparseAdam` alone (see `gather_values`).
+            for `optim.SparseAdam` alone (see `gather_values`). Dense where `values` is no parameter
+            but made of some (`torch.nn.utils.parametrize`, weight norm).
         device: of the parameters.
         dtype: of the parameters.
 

@@ -48,7 +48,7 @@ def param_groups(
             check_number(name, value)
             group["weight_decay"] = value
     layers = [module for module in model.modules() if isinstance(module, _KeyValueMemory)]
-    value_ids = {id(table) for layer in layers for table in layer.tables}
+    value_ids = {id(table) for layer in layers for table in table_parameters(layer)}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("model has no parameter that requires a gradient")
@@ -57,6 +57,16 @@ def param_groups(
         {"params": [p for p in trained if id(p) in value_ids], **options[1]},
     ]
     return [group for group in groups if group["params"]]
+
+
+def table_parameters(layer: _KeyValueMemory) -> list[nn.Parameter]:
+    """The parameters that are a memory's tables, or of which parametrizations make them."""
+    made = [f"parametrizations.{name}.original" for name in layer.table_names]
+    return [
+        parameter
+        for name, parameter in layer.named_parameters(remove_duplicate=False)
+        if name in layer.table_names or name.rstrip("0123456789") in made
+    ]
 
 
 @contextmanager

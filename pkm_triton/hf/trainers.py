@@ -24,6 +24,7 @@ from pkm_triton.clipping import clip_grad_norm_
 from pkm_triton.distributed import average_sparse_values, ignore_sparse_values
 from pkm_triton.memory import _KeyValueMemory
 from pkm_triton.optim import SparseAdam
+from pkm_triton.training import table_parameters
 
 _OWN_CLIPPING = (
     DistributedType.FSDP,
@@ -124,7 +125,7 @@ class MemoryTrainerMixin:
         if self.optimizer is not None:
             return self.optimizer
         memories = [m for m in model.modules() if isinstance(m, _KeyValueMemory)]
-        values = {id(table) for memory in memories for table in memory.tables}
+        values = {id(table) for memory in memories for table in table_parameters(memory)}
         decaying = set(self.get_decay_parameter_names(model))
         rates = args.learning_rate, self.value_learning_rate
         value_lr = 4 * rates[0] if rates[1] is None else rates[1]

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import pkm_triton as pkm
+from pkm_triton.gradients import FactoredGradient
+from pkm_triton.training import table_parameters
 
 SIZES = {"num_subkeys": 8, "heads": 2, "top_k": 3, "query_dim": 8}
 KINDS = pytest.mark.parametrize(
@@ -54,6 +56,33 @@ def test_spectral_norm():
     layer.train()
     layer(torch.randn(5, 8))
     assert torch.linalg.matrix_norm(layer.values, 2).item() == pytest.approx(1, abs=0.05)
+
+
+@KINDS
+@pytest.mark.parametrize("sparse_grad", [True, "factored"])
+@pytest.mark.parametrize(
+    "norm", [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_gradients_behind_a_parametrization_are_those_of_dense_ones(kind, sparse_grad, norm):
+    x, found = torch.randn(5, 8), []
+    for form in (False, sparse_grad):
+        torch.manual_seed(0)
+        layer = kind(8, **SIZES, query_norm="layer", sparse_grad=form)
+        norm(layer, "values")
+        layer(x).sin().sum().backward()
+        if kind is pkm.ProductKeyExperts and form == "factored":
+            assert type(layer.inputs.grad) is FactoredGradient  # no one made that one
+            layer.inputs.grad = layer.inputs.grad.to_sparse()
+        found.append({name: each.grad.to_dense() for name, each in layer.named_parameters()})
+    dense, ours = found
+    for name, grad in ours.items():
+        torch.testing.assert_close(grad, dense[name], msg=name)
+    if norm is parametrizations.weight_norm:
+        assert len(table_parameters(layer)) == 2 + (kind is pkm.ProductKeyExperts)
+        rest, values = pkm.param_groups(layer)
+        assert {id(p) for p in values["params"]} == {id(p) for p in table_parameters(layer)}
+        assert len(rest["params"]) + len(values["params"]) == len(list(layer.parameters()))
 
 
 def test_old_state_dicts_load():
