@@ -25,12 +25,9 @@ class Ranks:
         self.rank, self.count = rank, count
 
     def share(self, model: nn.Module) -> None:
-        """Give the model rank 0's parameters and buffers, and its batch norm the tokens of all."""
-        if self.count == 1:
-            return
-        pkm.synchronise_batch_norm(model)
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.detach(), src=0)
+        """Give batch norm the tokens of all ranks; all have drawn the same parameters."""
+        if self.count > 1:
+            pkm.synchronise_batch_norm(model)
 
     def average_gradients(self, model: nn.Module) -> None:
         """Make the model's gradients the means over all ranks, sparse ones as what they are."""

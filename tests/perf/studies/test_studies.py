@@ -98,6 +98,10 @@ def cells(table, name):
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
+def cells_of_first(table, name):
+    return cells(next(line for line in table.splitlines() if line.startswith(f"| {name}")), name)
+
+
 def test_the_table_has_the_rows_figures_beside_the_papers(tmp_path):
     preset = PRESETS["small"]
     study = STUDIES["memory-size"]
@@ -127,6 +131,23 @@ def test_a_cell_is_the_mean_over_seeds(trial):
     assert Cell(cell.rows[:1]).text("perplexity", ".1f") == "10.0"
     nothing = Cell([a_row(trial, usage=float("nan"))])
     assert nothing.text("usage", ".1f") == "–"
+
+
+def test_curves_show_every_kind_at_every_length(tmp_path):
+    preset = PRESETS["small"]
+    study = STUDIES["curves"]
+    rows = [
+        a_row(trial, perplexity=10 + trial.fixed_keys + trial.steps / 1e4, usage=0.5)
+        for trial in study.trials(preset, preset.text)
+    ]
+    write_report(study, Results(rows, []), preset, preset.text, tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "0.819 M tokens" in table
+    assert "16.4 M tokens" in table
+    assert cells_of_first(table, "product keys, 4k slots")[-1] == "10.80"
+    assert cells_of_first(table, "flat keys, fixed, 4k slots")[0] == "11.04"
+    assert cells_of_first(table, "flat keys, 16k slots")[0] == "10.04"
+    assert "fixed, 16k" not in table
 
 
 def test_a_report_of_no_rows_writes_nothing(tmp_path):
