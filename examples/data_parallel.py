@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 examples/data_parallel.py
 """
 
 import argparse
+import os
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
+    if "RANK" not in os.environ:
+        raise SystemExit("needs torchrun: torchrun --nproc-per-node 2 examples/data_parallel.py")
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     device = torch.device("cpu")

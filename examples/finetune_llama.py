@@ -41,9 +41,7 @@ def main() -> None:
     options = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(options.model or small_model(options.output))
-    sizes = {"num_subkeys": options.num_subkeys}
-    pkm.hf.add_memories(model, options.layers, **sizes, sparse_grad=True)
-
+    pkm.hf.add_memories(model, options.layers, num_subkeys=options.num_subkeys, sparse_grad=True)
     if options.model is None:
         tokens = torch.tensor(list(Path(options.text).read_bytes()))
     else:
@@ -52,6 +50,8 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         tokens = tokenizer(Path(options.text).read_text(), return_tensors="pt").input_ids[0]
     pieces = [{"input_ids": piece, "labels": piece} for piece in tokens.split(64)[:-1]]
+    if not pieces:
+        parser.error(f"--text: {options.text} has {len(tokens)} tokens; more than 64 are needed")
 
     trainer = MemoryTrainer(
         model,
@@ -61,7 +61,6 @@ def main() -> None:
             learning_rate=5e-4,
             per_device_train_batch_size=8,
             save_strategy="no",
-            report_to="none",
             disable_tqdm=True,
         ),
         train_dataset=pieces,
@@ -71,8 +70,8 @@ def main() -> None:
     trainer.save_model(options.output)
 
     again = pkm.hf.from_pretrained(options.output)
-    ours = model.state_dict()
-    assert all(torch.equal(t.cpu(), ours[n].cpu()) for n, t in again.state_dict().items())
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor.cpu(), model.state_dict()[name].cpu())
     print(f"loss {result.training_loss:.3f} over {options.steps} steps; saved and loaded bitwise")
 
 
