@@ -18,7 +18,7 @@ def make_model(sparse_grad, shared=False):
     torch.manual_seed(1)
     memories = [pkm.ProductKeyMemory(8, **SIZES, sparse_grad=sparse_grad) for _ in range(2)]
     if shared:
-        memories[1].values = memories[0].values
+        pkm.share_values(memories)
     return nn.Sequential(nn.Linear(8, 8), memories[0], nn.Tanh(), memories[1])
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import run_two_ranks
 
 import pkm_triton as pkm
 
@@ -75,6 +76,35 @@ def test_counts_of_a_layer():
     counts = pkm.SlotCounts(layer.num_slots)
     counts.update(layer.lookup(torch.randn(5, 8))[1])
     assert int(counts.counts.sum()) == 5 * 2 * 3
+
+
+RANK = """
+import pkm_triton as pkm
+counts = pkm.SlotCounts(12)
+for slots in torch.load(f"{folder}/{rank}.pt"):
+    counts.update(slots)
+groups = [dist.new_group([each]) for each in range(2)]
+before = counts.state_dict()
+counts.all_reduce(groups[rank])
+assert all(torch.equal(tensor, before[name]) for name, tensor in counts.state_dict().items())
+counts.all_reduce()
+counts.update(torch.tensor([3, 3], dtype=torch.int32))
+torch.save(counts.state_dict(), f"{folder}/all-{rank}.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_all_reduce(tmp_path):
+    parts = batches(0, 3), batches(1, 2)  # of ranks with other numbers of batches
+    for rank, part in enumerate(parts):
+        torch.save(part, tmp_path / f"{rank}.pt")
+    run_two_ranks(RANK, tmp_path)
+    expected = counted([*parts[0], *parts[1], torch.tensor([3, 3], dtype=torch.int32)])
+    assert expected.num_batches == 6
+    for rank in range(2):
+        for name, tensor in torch.load(tmp_path / f"all-{rank}.pt").items():
+            assert torch.equal(tensor, expected.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(
