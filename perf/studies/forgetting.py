@@ -13,7 +13,7 @@ from .trial import Trial
 
 TITLE = "Forgetting: facts kept against facts learnt (Lin et al. 2025)"
 _COLOURS = {"all": GREY, "adapter": ORANGE, "slots": BLUE}
-_LINES = ("-", "--", ":")
+_LINES = ("-", "--", ":", "-.")
 
 
 def _tunings(preset: Preset, base: Trial) -> dict[str, list[Trial]]:

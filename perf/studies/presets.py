@@ -199,6 +199,7 @@ PRESETS: dict[str, Preset] = {
             "slots-500": (1e-2, 3e-2, 1e-1),
             "slots-2000": (3e-3, 1e-2, 3e-2, 1e-1),
             "slots-8000": (3e-3, 1e-2, 3e-2, 1e-1),
+            "slots-65536": (3e-3, 1e-2, 3e-2),  # all that the new facts read
         },
         timed_tokens=1024,
         seconds=0.4,
