@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .combine.kernels import sort_kernel
-from .combine.plan import choose_shape, options, programs
+from .combine.plan import choose_combine_shape, options, programs
 from .gather_values import gather_values
 from .scatter_values import gather_values_backward
 from .select.plan import plan_selection, select
@@ -35,7 +35,7 @@ def flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
     if num_tokens == 0:
         return scores, slots
     plan = plan_selection(query, keys, top_k)
-    shape = choose_shape(plan, top_k)
+    shape = choose_combine_shape(plan, top_k)
     lists, counts = plan.buffers(query)
     for first in plan.turns(num_tokens):
         turn = slice(first, first + plan.tokens)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .chip import float32_precision, load_stages
 from .combine.kernels import combine_kernel
-from .combine.plan import MOST_SORTED, choose_shape, options, programs, rank_pairs
+from .combine.plan import MOST_SORTED, choose_combine_shape, options, programs, rank_pairs
 from .reads.blocks import choose_blocks
 from .reads.products import grad_query_kernel, grad_subkeys_kernel, sum_stretches_kernel
 from .reads.sparse_tiles import compress_reads_kernel
@@ -51,7 +51,7 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
     # In turns the sorted halves cannot take the place of candidates, which are read again.
     spare = per_half if top_k > MOST_SORTED else 0
     plan = plan_selection(halves, books, per_half, spare)
-    shape = choose_shape(plan, top_k)
+    shape = choose_combine_shape(plan, top_k)
     pairs = rank_pairs(top_k, num_subkeys, query.device)
     lists, counts = plan.buffers(halves)
     for first in plan.turns(num_tokens):
@@ -105,8 +105,8 @@ def product_key_topk_backward(
     dtype = torch.float32 if upcast else torch.bfloat16
     stages = load_stages(query.device)
     of_query, of_subkeys = choose_blocks(query, upcast)
-    by_query = of_query.constants(dim, num_subkeys, stages)
-    by_subkeys = of_subkeys.constants(dim, num_subkeys, stages)
+    by_query = of_query.constants(dim, num_subkeys)
+    by_subkeys = of_subkeys.constants(dim, num_subkeys)
     groups, words = triton.cdiv(reads, 32), triton.cdiv(num_subkeys, 16)
     constants = {
         "H": heads, "N": num_subkeys, "D": dim, "GROUPS": groups, "WORDS": words,

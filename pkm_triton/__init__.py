@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from . import hf as hf
     from ._backend import backend, use_backend
     from .checkpoints import load_with_memory, save_with_memory
+    from .compiling import warm_up
     from .experts import ProductKeyExperts
     from .memory import FlatKeyMemory, ProductKeyMemory
     from .ops import (
@@ -65,12 +66,14 @@ __all__ = [
     "train_slots",
     "transformer",
     "use_backend",
+    "warm_up",
 ]
 
 _MODULES = {
     "": ["convert", "distributed", "optim", "presets", "transformer"],
     "_backend": ["backend", "use_backend"],
     "checkpoints": ["load_with_memory", "save_with_memory"],
+    "compiling": ["warm_up"],
     "experts": ["ProductKeyExperts"],
     "memory": ["FlatKeyMemory", "ProductKeyMemory"],
     "ops": [

@@ -13,7 +13,7 @@ from ..select.plan import Plan, power_of_two
 MOST_SORTED = 512
 
 
-class Shape(NamedTuple):
+class CombineShape(NamedTuple):
     """What the kernels that combine are compiled for.
 
     rows: tokens of a program. top: of the best, found at a time. splits: lists of a row sorted at
@@ -27,13 +27,13 @@ class Shape(NamedTuple):
     in_turns: bool
 
 
-def choose_shape(plan: Plan, top_k: int) -> Shape:
+def choose_combine_shape(plan: Plan, top_k: int) -> CombineShape:
     """The shape for the lists of a plan."""
     top = max(16, min(power_of_two(top_k), MOST_SORTED))
     few = plan.shape.rows == 16
     # What one warp holds; interpreted programs take the longer for their number alone.
     rows = max(1, min(8, 128 // top)) if not triton.knobs.runtime.interpret else 16
-    return Shape(
+    return CombineShape(
         rows=1 if few else rows,
         top=top,
         # As many as fill the registers of some warps.
@@ -43,7 +43,7 @@ def choose_shape(plan: Plan, top_k: int) -> Shape:
     )
 
 
-def options(shape: Shape, halves: int) -> dict[str, int | bool]:
+def options(shape: CombineShape, halves: int) -> dict[str, int | bool]:
     """The compiler's options, for programs of so many lists a token."""
     elements = halves * shape.rows * shape.splits * 2 * shape.top
     # One warp exchanges without memory; of several a thread has eight elements.
@@ -81,6 +81,6 @@ def _rank_pairs(top_k: int, num_subkeys: int, device: torch.device) -> Tensor:
     return ((row + skip) << 16 | (column + skip)).to(torch.int32)
 
 
-def programs(num_tokens: int, heads: int, shape: Shape) -> tuple[int]:
+def programs(num_tokens: int, heads: int, shape: CombineShape) -> tuple[int]:
     """The grid of the kernels that combine."""
     return (triton.cdiv(num_tokens, shape.rows) * heads,)

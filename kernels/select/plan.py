@@ -19,7 +19,7 @@ LIST_BYTES = 128 << 20
 SCRATCH = 8 << 10
 
 
-class Shape(NamedTuple):
+class SelectShape(NamedTuple):
     """What the kernel that selects is compiled for.
 
     rows, tile, block_d: queries of a program, keys scored at a time, and elements of each. dim: of
@@ -49,7 +49,7 @@ class Plan:
     candidates that a list has room for. slots: of a list in memory, some of them for other use.
     """
 
-    shape: Shape
+    shape: SelectShape
     tokens: int
     splits: int
     span: int
@@ -76,7 +76,7 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, (n - 1).bit_length())
 
 
-def choose_shape(query: Tensor, keys: Tensor, top_k: int) -> Shape:
+def choose_select_shape(query: Tensor, keys: Tensor, top_k: int) -> SelectShape:
     """The shape for queries [T, H, D] and keys [H, N, D], by T · H alone of their numbers.
 
     Tall blocks read the keys seldom: 256 rows, or 128 of wider queries or few tokens; 16 where
@@ -100,7 +100,7 @@ def choose_shape(query: Tensor, keys: Tensor, top_k: int) -> Shape:
         # Wider tiles have more maxima, which take more registers.
         rows, warps = (128 if chip.warpgroups and tile < 256 else 64), 8
     block_d, stages = choose_block(chip, rows, tile, dim, 4 if wide else 2)
-    return Shape(
+    return SelectShape(
         rows=rows,
         tile=tile,
         dim=dim,
@@ -150,7 +150,7 @@ def plan_selection(query: Tensor, keys: Tensor, top_k: int, spare: int = 0) -> P
     """The plan for queries [T, H, D] and keys [H, N, D]; spare: slots of a list for other use."""
     num_tokens, heads, _ = query.shape
     num_keys = keys.shape[1]
-    shape = choose_shape(query, keys, top_k)
+    shape = choose_select_shape(query, keys, top_k)
     at_once = chip_of(query.device).multiprocessors
     splits = 1
     if shape.rows == 16:

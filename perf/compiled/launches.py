@@ -23,27 +23,10 @@ def shipped_configurations() -> dict[str, Any]:
     return calls
 
 
-@contextmanager
-def recorded_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Record what kernels would be launched with, instead of launching them."""
-    from triton.runtime.jit import JITFunction
-
-    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    original = JITFunction.run
-
-    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append((self, args, kwargs))
-
-    JITFunction.run = record
-    try:
-        yield launches
-    finally:
-        JITFunction.run = original
-
-
 def compile_configuration(job: tuple[str, str, bool]) -> list[dict[str, Any]]:
     """The rows of a shipped configuration, by its name, for an architecture and an alignment."""
     from pkm_triton.kernels.chip import CHIPS, as_if
+    from pkm_triton.kernels.launches import recorded_launches
 
     name, architecture, aligned = job
     with as_if(CHIPS[architecture]), recorded_launches() as launches:
@@ -60,9 +43,15 @@ def compiled_for(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """What tells one compilation of a kernel from another."""
     bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     runtime = [each.name for each in kernel.params if not each.is_constexpr]
-    kinds = tuple(str(getattr(bound[name], "dtype", type(bound[name]))) for name in runtime)
+    kinds = tuple(_kind(bound[name]) for name in runtime)
     constants = sorted((key, str(value)) for key, value in bound.items() if key not in runtime)
     return kernel.__name__, kinds, tuple(constants)
+
+
+def _kind(value: Any) -> str:
+    """The dtype of a tensor, the type of a number, and whether an integer is above 32 bits."""
+    wide = isinstance(value, int) and not -(2**31) <= value < 2**31
+    return str(getattr(value, "dtype", type(value))) + ("64" if wide else "")
 
 
 def cpu_seconds() -> float:

@@ -111,7 +111,8 @@ SIZES = """
 import torch
 from pkm_triton.kernels.chip import CHIPS, as_if
 from pkm_triton.kernels import product_key_topk
-from pkm_triton.perf.compiled.launches import compiled_for, recorded_launches
+from pkm_triton.kernels.launches import recorded_launches
+from pkm_triton.perf.compiled.launches import compiled_for
 
 with as_if(CHIPS["sm_90"]), recorded_launches() as launches:
     for num_subkeys in (128, 512, 1000, 4096):

@@ -15,6 +15,7 @@ from triton.runtime.errors import InterpreterError
 
 from pkm_triton import kernels
 from pkm_triton.kernels import chip
+from pkm_triton.kernels.reads.blocks import choose_blocks
 from pkm_triton.kernels.select import plan as selection
 
 FILES = sorted(f for f in Path(kernels.__file__).parent.rglob("*.py") if "tl.dot(" in f.read_text())
@@ -224,7 +225,7 @@ def test_mixed_dtypes_are_scored_in_float32(mixed, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     query = torch.empty(8, 1, 16, dtype=torch.bfloat16, device="meta")
     keys = torch.empty(1, 64, 16, dtype=torch.float16 if mixed else query.dtype, device="meta")
-    assert selection.choose_shape(query, keys, 4).upcast == mixed
+    assert selection.choose_select_shape(query, keys, 4).upcast == mixed
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -240,7 +241,7 @@ def test_every_product_states_its_precision(file):
 def test_float32_is_multiplied_as_exactly_as_can_be(architecture):
     query = torch.empty(8, 1, 16, device="meta")
     with chip.as_if(chip.CHIPS[architecture]):
-        shape = selection.choose_shape(query, query.view(1, 8, 16), 4)
+        shape = selection.choose_select_shape(query, query.view(1, 8, 16), 4)
     assert shape.precision == ("ieee" if architecture == "gfx942" else "tf32x3")
 
 
@@ -268,3 +269,45 @@ def test_no_number_compiles_anew(module, kernel):
     (told,) = definition.decorator_list[0].keywords
     numbers = [a.arg for a in definition.args.args if a.arg.islower()]
     assert [n for n in numbers if not n.endswith("_ptr")] == ast.literal_eval(told.value)
+
+
+@pytest.mark.parametrize("shared", [227, 99, 48])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("upcast", [False, True])
+def test_gradients_ask_for_no_more_shared_memory_than_there_is(upcast, architecture, shared):
+    query = torch.empty(4096, 1, 512, device="meta")
+    known = chip.CHIPS[architecture]
+    small = dataclasses.replace(known, shared=shared << 10)
+    with chip.as_if(small):
+        blocks = choose_blocks(query, upcast)
+    size = 4 if upcast else 2
+    assert all(each.shared(small, size) <= small.shared for each in blocks)
+    if shared == 227:  # nothing is given up that fits
+        assert max(each.stages for each in blocks) == (2 if upcast else 3)
+
+
+def test_gradients_refuse_a_chip_too_small():
+    query = torch.empty(4096, 1, 512, device="meta")
+    with (
+        chip.as_if(chip.Chip("sm_80", 108, 4 << 10)),
+        pytest.raises(ValueError, match="sm_80 has 4096 bytes of shared memory, but the gradients"),
+    ):
+        choose_blocks(query, False)
+
+
+# What compilers made of each architecture's shapes: (query's, sub-keys'), bfloat16.
+COMPILED_SHARED = {
+    "sm_86": (86016, 47104),
+    "sm_90": (118784, 131072),
+    "sm_100": (135184, 63504),
+    "gfx942": (16384, 32768),
+}
+
+
+@pytest.mark.parametrize("architecture", COMPILED_SHARED)
+def test_shared_memory_of_gradients_is_not_estimated_too_low(architecture):
+    query = torch.empty(16384, 4, 512, device="meta")
+    with chip.as_if(chip.CHIPS[architecture]):
+        blocks = choose_blocks(query, False)
+    found = [each.shared(chip.CHIPS[architecture], 2) for each in blocks]
+    assert all(a >= b for a, b in zip(found, COMPILED_SHARED[architecture], strict=True)), found

@@ -1,0 +1,170 @@
+"""What `warm_up` compiles: all that the passes and the step then launch, for any sizes, once."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from triton.runtime.interpreter import InterpretedFunction
+
+import pkm_triton as pkm
+from pkm_triton.compiling import launches_of
+
+SIZES = {"num_subkeys": 4, "heads": 1, "top_k": 2, "query_dim": 4, "query_norm": "layer"}
+TOKENS = 2
+KINDS = {
+    "product": pkm.ProductKeyMemory,
+    "flat": pkm.FlatKeyMemory,
+    "experts": pkm.ProductKeyExperts,
+}
+# The interpreter, of what is uninitialised.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def compiled_for(kernel, args, kwargs):
+    """What a kernel is compiled for: the dtypes of tensors, and all constants and options."""
+    bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    return kernel.__name__, *sorted(
+        (name, str(value.dtype if isinstance(value, torch.Tensor) else value))
+        for name, value in bound.items()
+        if isinstance(value, torch.Tensor) or name.isupper() or name not in kernel.arg_names
+    )
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What is launched, while it runs."""
+    found = set()
+    run = InterpretedFunction.run
+
+    def record(self, *args, grid, warmup, **kwargs):
+        found.add(compiled_for(self, args, kwargs))
+        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", record)
+    return found
+
+
+def train(layer, optimizer, tokens=TOKENS):
+    x = torch.randn(tokens, layer.dim, dtype=layer.values.dtype, requires_grad=True)
+    with pkm.use_backend("triton"):
+        layer(x).float().square().sum().backward()
+        if optimizer is not None:
+            optimizer.step()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks into the interpreter")
+@pytest.mark.parametrize(
+    ("kind", "sparse_grad", "dtype"),
+    [
+        ("product", False, torch.float32),
+        ("product", True, torch.bfloat16),
+        ("product", "factored", torch.float16),
+        ("flat", False, torch.bfloat16),
+        ("experts", True, torch.float32),
+        ("experts", "factored", torch.bfloat16),
+    ],
+)
+def test_plans_every_launch_of_a_training_step(kind, sparse_grad, dtype, launched):
+    layer = KINDS[kind](8, **SIZES, sparse_grad=sparse_grad, dtype=dtype)
+    optimizer = pkm.optim.SparseAdam(layer.tables)
+    planned = {compiled_for(*launch) for launch in launches_of([layer], TOKENS, optimizer)}
+    assert not launched
+    train(layer, optimizer)
+    assert launched <= planned
+    assert {name for name, *_ in planned} == {name for name, *_ in launched}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks into the interpreter")
+def test_plans_the_options_of_a_step(launched):
+    options = {"capturable": True, "rounding": "master"}
+    layer = pkm.ProductKeyMemory(8, **SIZES, sparse_grad="factored", dtype=torch.bfloat16)
+    optimizer = pkm.optim.SparseAdam(layer.tables, **options)
+    planned = {compiled_for(*launch) for launch in launches_of([layer], TOKENS, optimizer)}
+    train(layer, optimizer)
+    assert launched <= planned
+
+
+def test_plans_no_backward_pass_of_evaluation():
+    layer = pkm.ProductKeyMemory(8, **SIZES)
+    names = {
+        training: {kernel.__name__ for kernel, *_ in launches_of([layer.train(training)], 5, None)}
+        for training in (False, True)
+    }
+    assert "gather_values_kernel" in names[False]
+    assert not any("grad" in name or "scatter" in name for name in names[False])
+    assert names[False] < names[True]
+
+
+def test_changes_nothing():
+    layer = pkm.ProductKeyMemory(8, **{**SIZES, "query_norm": "batch"}, sparse_grad=True)
+    optimizer = pkm.optim.SparseAdam([layer.values])
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    launches_of([layer], TOKENS, optimizer)
+    assert pkm.warm_up(layer, TOKENS, optimizer=optimizer) == {}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    assert layer.training
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "kind", "message"),
+    [
+        ((3, 5), {}, TypeError, "module must be a module, not int"),
+        ((nn.Linear(2, 2), 5), {}, ValueError, "Linear, but must have a memory layer"),
+        ((None, 0), {}, ValueError, "tokens is 0"),
+        ((None, 2.5), {}, TypeError, "tokens must be an integer"),
+        ((None, 5), {"threads": 0}, ValueError, "threads is 0"),
+        ((None, 5), {"optimizer": "adam"}, TypeError, "optimizer must be an optimiser"),
+    ],
+)
+def test_refuses_wrong_arguments(arguments, options, kind, message):
+    module, tokens = arguments
+    module = pkm.ProductKeyMemory(8, **SIZES) if module is None else module
+    with pytest.raises(kind, match=message):
+        pkm.warm_up(module, tokens, **options)
+
+
+COMPILED = """
+import json, sys, torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+import pkm_triton as pkm
+from pkm_triton.compiling import launches_of
+from pkm_triton.kernels.launches import compile_launches
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+driver.set_active(Driver())
+options = dict(query_dim=8, query_norm="layer", device="meta", dtype=torch.bfloat16)
+
+def compiled(tokens, **sizes):
+    layer = pkm.ProductKeyMemory(16, **options, **sizes).eval()
+    return compile_launches(launches_of([layer], tokens, None), 2)
+
+rounds = [
+    compiled(12000, num_subkeys=128),
+    compiled(16384, num_subkeys=128),
+    *(compiled(16384, num_subkeys=n, heads=h) for n, h in ((1024, 4), (4096, 4), (512, 4))),
+]
+print(json.dumps(rounds))
+"""
+
+
+def test_compiles_once_for_all_tokens_and_sub_keys(tmp_path):
+    """For a GPU that need not be there, into a cache of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-W", "ignore", "-c", COMPILED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, *others = json.loads(done.stdout)
+    assert set(first) == {"select_kernel", "combine_kernel", "gather_values_kernel"}
+    assert all(len(seconds) == 1 and seconds[0] > 0.01 for seconds in first.values())
+    assert others == [{}] * len(others)
