@@ -65,7 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
     if limit is not None and not limit > 0:
         raise ValueError(f"time-limit: {limit} is not allowed; give a number above 0")
     folder: Path = arguments.output
-    with planning.prepared(arguments.backend, arguments.plant) as device:
+    with (
+        planning.prepared(arguments.backend, arguments.plant) as device,
+        machine.compiling(arguments.backend) as compiled,
+    ):
         checks = planning.make_checks(
             device, quick=arguments.quick, with_speed=not arguments.no_speed, only=arguments.only
         )
@@ -73,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         facts = machine.describe(device)
         facts["clocks before"] = machine.clocks()
         options = {name: getattr(arguments, name) for name in ("quick", "only", "backend", "plant")}
-        report = Report(facts, options, [])
+        report = Report(facts, options, [], compiled=compiled)
         clock = _Clock(limit)
         for line in do(clock.until_the_end(checks)):
             report.lines.append(line)
@@ -128,6 +131,12 @@ def _verdict(report: Report, folder: Path, seconds: float) -> int:
     found = ", ".join(f"{count} {name}" for name, count in counts(report.lines).items())
     for line in report.failed:
         print(terminal_line(line))
+    if report.compiled:
+        every = [each for seconds in report.compiled.values() for each in seconds]
+        print(
+            f"Compiled {len(every)} times, {sum(every):.0f} s in all, {max(every):.1f} s the "
+            f"longest, {len(report.compiled)} kernels; each in {PAGE_NAME}"
+        )
     word = "PASS" if report.passed else "FAIL" if report.complete else "NOT FINISHED: time is up"
     planted = report.arguments["plant"]
     if planted:

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -36,6 +37,15 @@ def describe(device: torch.device) -> dict[str, str]:
     elif os.environ.get("TRITON_INTERPRET") == "1":
         facts["device"] += ", kernels interpreted"
     return facts
+
+
+def compiling(backend: str) -> AbstractContextManager[dict[str, list[float]]]:
+    """A context that collects the seconds of each compilation, by kernel; see `compile_seconds`."""
+    if backend != "triton":
+        return nullcontext({})
+    from pkm_triton.kernels.launches import compile_seconds
+
+    return compile_seconds()
 
 
 def clocks() -> str:

@@ -59,6 +59,8 @@ class Report:
     lines: list[Line]
     complete: bool = False
     """Whether all checks were done; False in what is written in between."""
+    compiled: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """By kernel the seconds of each compilation; what Triton's cache had is not among them."""
 
     @property
     def failed(self) -> list[Line]:
@@ -91,7 +93,8 @@ class Report:
             lines = [
                 Line(**{**line, "outcome": Outcome(**line["outcome"])}) for line in data["lines"]
             ]
-            return cls(data["machine"], data["arguments"], lines, data["complete"])
+            compiled = data.get("compiled", {})
+            return cls(data["machine"], data["arguments"], lines, data["complete"], compiled)
         except (KeyError, TypeError) as error:
             raise ValueError(f"render: the report is damaged: {error}") from error
 

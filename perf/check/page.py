@@ -17,6 +17,8 @@ def markdown(report: Report) -> str:
         lines = [line for line in report.lines if line.group == group]
         parts.append(f"## {group}")
         parts.append(_measurements(lines) if group == MEASURED else _checks(lines))
+    if report.compiled:
+        parts += ["## Compiling", _compiled(report.compiled)]
     parts.append(
         "Errors are the largest against float64; allowed is twice that of PyTorch in the same "
         "precision, plus what rounding alone may cost."
@@ -43,6 +45,15 @@ def _measurements(lines: list[Line]) -> str:
         outcome = line.outcome
         note = outcome.note if outcome.status == INFO else f"{outcome.status}: {outcome.note}"
         rows.append(f"| {_cell(line.name)} | {' | '.join(figures)} | {_cell(note)} |")
+    return "\n".join(rows)
+
+
+def _compiled(compiled: dict[str, list[float]]) -> str:
+    rows = ["| kernel | compiled, times | s in all | longest, s |", "| --- | ---: | ---: | ---: |"]
+    for kernel, seconds in sorted(compiled.items(), key=lambda item: -sum(item[1])):
+        rows.append(
+            f"| {_cell(kernel)} | {len(seconds)} | {sum(seconds):.1f} | {max(seconds):.1f} |"
+        )
     return "\n".join(rows)
 
 

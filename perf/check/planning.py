@@ -95,11 +95,15 @@ def make_checks(
     if with_speed:
         checks += speed.checks(setting)
     if only:
-        checks = [
-            check
-            for check in checks
-            if any(text in f"{check.group}: {check.name}" for text in only)
-        ]
-        if not checks:
-            raise ValueError(f"only: no check's name holds {' or '.join(map(repr, only))}")
+        groups = list(dict.fromkeys(check.group for check in checks))
+        chosen: list[Check] = []
+        for text in only:
+            found = [each for each in checks if text in f"{each.group}: {each.name}"]
+            if not found:
+                raise ValueError(
+                    f"only: no check's name holds {text!r}; allowed: a group ({', '.join(groups)}) "
+                    f"or a part of a name, such as {checks[0].name!r}"
+                )
+            chosen += found
+        checks = [check for check in checks if check in chosen]
     return checks

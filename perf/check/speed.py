@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pkm_triton as pkm
-from pkm_triton.perf.measure import roofline
+from pkm_triton.perf.measure import fbgemm, roofline
 from pkm_triton.perf.measure.timing import time_passes
 from pkm_triton.perf.measure.workload import Pass, Workload
 from pkm_triton.perf.records.points import Point
@@ -85,7 +85,7 @@ def _side_by_side(
             wait()
             ready[name] = each
         except Exception as error:
-            notes.append(f"{name}: {type(error).__name__}")
+            notes.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:80]}")
     timings = time_passes(list(ready.values()), seconds=_SECONDS, device=setting.device.type)
     medians = {name: timing.median_ms for name, timing in zip(ready, timings, strict=True)}
     figures["ms"] = own = medians.pop("pkm_triton")
@@ -138,13 +138,16 @@ def _bag(values: Tensor, slots: Tensor, weights: Tensor, sparse: bool = False) -
 def _gather(setting: Setting, point: Point, peaks: dict[str, float]) -> Outcome:
     inputs = _reads(setting, point)
     moved = roofline.gather_bytes(point, inputs[1].unique().numel())
-    return _side_by_side(
-        setting,
-        Pass(pkm.gather_values, inputs, backward=False),
-        {"embedding_bag": lambda: Pass(_bag, inputs, backward=False)},
-        moved,
-        peaks,
-    )
+    others: dict[str, Callable[[], Pass]] = {
+        "embedding_bag": lambda: Pass(_bag, inputs, backward=False)
+    }
+    if fbgemm.is_installed():
+        values, slots, weights = inputs
+        others["FBGEMM"] = lambda: Pass(
+            fbgemm.make_gather(values, slots), [weights], backward=False
+        )
+    ours = Pass(pkm.gather_values, inputs, backward=False)
+    return _side_by_side(setting, ours, others, moved, peaks)
 
 
 def _gather_backward(

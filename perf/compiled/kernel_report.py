@@ -7,6 +7,7 @@ with what a GPU would be given.
 
 import argparse
 import json
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,12 @@ def run(args: argparse.Namespace) -> int:
     """Print the table of `pkm-perf kernels`, and write it if asked to."""
     if args.json:
         ensure_writable(args.json.absolute().parent, "json")
-    rows = report(args.architectures, args.only, args.unaligned, args.processes)
-    print(" | ".join(COLUMNS))
-    for row in rows:
-        print(" | ".join(str(row[column]) for column in COLUMNS))
+    rows: list[dict[str, Any]] = []
+    for row in report(args.architectures, args.only, args.unaligned, args.processes):
+        if not rows:
+            print(" | ".join(COLUMNS))
+        print(" | ".join(str(row[column]) for column in COLUMNS), flush=True)
+        rows.append(row)
     if args.json:
         write_whole(args.json, json.dumps(rows, indent=1) + "\n")
     return 0
@@ -51,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
 def report(
     architectures: Any = ARCHITECTURES, only: str = "", unaligned: bool = False, processes: int = 2
-) -> list[dict[str, Any]]:
-    """A row for each kernel, shipped configuration and architecture.
+) -> Iterator[dict[str, Any]]:
+    """A row for each kernel, shipped configuration and architecture, as soon as it is there.
 
     Args:
         architectures: of ARCHITECTURES.
@@ -78,4 +81,5 @@ def report(
         for aligned in ((True, False) if unaligned else (True,))
     ]
     with ProcessPoolExecutor(processes) as pool:
-        return [row for rows in pool.map(compile_configuration, jobs) for row in rows]
+        for rows in pool.map(compile_configuration, jobs):
+            yield from rows

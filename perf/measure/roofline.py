@@ -9,6 +9,7 @@ it is read, so `distinct` is the number of different slots read in the pass.
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable
 
@@ -112,6 +113,12 @@ def product_rate(device: str, size: int = 8192) -> float:
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     out = torch.empty_like(matrix)
     return 2 * size**3 / _seconds(lambda: torch.mm(matrix, matrix, out=out), device)
+
+
+@functools.cache
+def multiplied_here(device: str) -> float:
+    """`product_rate`, measured once a process; NaN on a CPU, where it would take minutes."""
+    return product_rate(device) if device == "cuda" else math.nan
 
 
 def _seconds(run: Callable[[], object], device: str, turns: int = 10) -> float:

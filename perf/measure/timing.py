@@ -196,7 +196,11 @@ class _CudaTimer:
 
 
 def measure_group(
-    points: Sequence[Point], workloads: Sequence[Workload], *, seconds: float
+    points: Sequence[Point],
+    workloads: Sequence[Workload],
+    *,
+    seconds: float,
+    graphs: bool = True,
 ) -> list[dict[str, Any]]:
     """Measure built points that are to be compared: times interleaved, then memory and parts.
 
@@ -204,6 +208,7 @@ def measure_group(
         points: what the workloads were built from; all on one device.
         workloads: one for each point.
         seconds: time to spend on each pass, and as much again on its parts together.
+        graphs: whether to time forward passes on a GPU from CUDA graphs too.
 
     Returns:
         The measured columns of each point's row.
@@ -218,7 +223,8 @@ def measure_group(
     of_wholes, of_parts = timings[: len(wholes)], iter(timings[len(wholes) :])
     return [
         _speed(point, timing)
-        | {"first_call_s": workload.first_call_s, "graph_ms": _graph_ms(point, workload, seconds)}
+        | {"first_call_s": workload.first_call_s, "compile_s": workload.compile_s}
+        | {"graph_ms": _graph_ms(point, workload, seconds) if graphs else math.nan}
         | _memory(point, workload)
         | ({} if each is None else _traffic(point, each, timing) | _times(each, of_parts))
         for point, workload, each, timing in zip(points, workloads, parts, of_wholes, strict=True)
@@ -228,6 +234,7 @@ def measure_group(
 def _speed(point: Point, timing: Timing) -> dict[str, Any]:
     return {
         "copy_bytes_per_s": roofline.copied_here(point.device),
+        "product_flops_per_s": roofline.multiplied_here(point.device),
         "median_ms": timing.median_ms,
         "low_ms": timing.low_ms,
         "high_ms": timing.high_ms,

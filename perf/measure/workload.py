@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pkm_triton as pkm
+from pkm_triton._backend import triton_is_installed
 from pkm_triton.gradients import FactoredGradient
 from pkm_triton.perf.records.points import COMPILED, Point
 
@@ -193,9 +194,11 @@ class Workload:
         whole: the pass whose time is the row's.
         parameter_bytes: parameters and buffers of the layer.
         first_call_s: time of the first pass, once `warm_up` was called; NaN before.
+        compile_s: seconds of that in which Triton compiled, on a GPU; NaN elsewhere.
     """
 
     first_call_s = math.nan
+    compile_s = math.nan
 
     def __init__(self, point: Point, *, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -231,9 +234,15 @@ class Workload:
     def warm_up(self) -> None:
         """Run the pass once, and remember how long that took: compiling is in no other time."""
         started = time.perf_counter()
-        self.whole.run()
-        if self._point.device == "cuda":
+        if self._point.device == "cuda" and triton_is_installed():
+            from pkm_triton.kernels.launches import compile_seconds
+
+            with compile_seconds() as compiled:
+                self.whole.run()
+            self.compile_s = sum(map(sum, compiled.values()), 0.0)
             torch.cuda.synchronize()
+        else:
+            self.whole.run()
         self.first_call_s = time.perf_counter() - started
         self.whole.clear()
 

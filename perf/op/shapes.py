@@ -86,9 +86,14 @@ class Op:
             "product_key_topk": queries + subkeys + 8 * reads,
             "product_key_topk_gradient": 2 * (queries + subkeys) + 8 * reads,
             "flat_key_topk": queries + keys + 8 * reads,
+            "flat_key_topk_gradient": 2 * (queries + keys) + 8 * reads,
             "gather_values": rows + output + 8 * reads,
             "gather_values_dense_gradient": rows + table + output + 12 * reads,
             "gather_values_sparse_gradient": 2 * rows + output + 12 * reads,
+            "sample_values": rows + output + 8 * reads,
+            "scatter_values": table + output + 8 * reads,
+            # The gradient in; the parameter and two float32 moments in and out.
+            "sparse_adam": rows + 2 * rows + 16 * rows // s,
         }[name]
 
 
@@ -96,12 +101,18 @@ OPS = {
     "product_key_topk": Op("queries + sub-keys + 8 · T · R", "Lookup: product"),
     "product_key_topk_gradient": Op("2 · (queries + sub-keys) + 8 · T · R", "gradients, product"),
     "flat_key_topk": Op("queries + keys + 8 · T · R", ", flat"),
+    "flat_key_topk_gradient": Op("2 · (queries + keys) + 8 · T · R", "gradients, flat"),
     "gather_values": Op("min(T · R, K) rows + output + 8 · T · R", "Gather: T="),
     "gather_values_dense_gradient": Op(
         "min(T · R, K) rows + table + output + 12 · T · R", "dense gradient"
     ),
     "gather_values_sparse_gradient": Op(
         "2 · min(T · R, K) rows + output + 12 · T · R", "sparse gradient"
+    ),
+    "sample_values": Op("min(T · R, K) rows + tokens + 8 · T · R", "Sample: "),
+    "scatter_values": Op("table + tokens + 8 · T · R", "Scatter: "),
+    "sparse_adam": Op(
+        "min(T · R, K) rows, 3 times in their dtype and 4 times in float32", "sparse gradient"
     ),
 }
 

@@ -43,6 +43,18 @@ def make(op: str, shape: dict[str, Any], device: str) -> Callable[[], Any]:
     weights = torch.rand(reads, generator=generator).to(device)
     # Equal rows: what they hold changes nothing, and drawing them all would take long.
     values = randn(1, shape["value_dim"]).expand(num * num, -1).contiguous()
+    if op in ("sample_values", "scatter_values"):
+        x = randn(tokens, shape["value_dim"])
+        if op == "sample_values":
+            return lambda: pkm.sample_values(values, slots, x)
+        return lambda: pkm.scatter_values(slots, weights, x, num * num)
+    if op == "sparse_adam":
+        rows = torch.randperm(num * num, generator=generator)[: slots.numel()].sort().values
+        grad_rows = randn(1, shape["value_dim"]).expand(len(rows), -1).contiguous()
+        values.requires_grad_().grad = torch.sparse_coo_tensor(
+            rows[None].to(device), grad_rows, values.shape, is_coalesced=True
+        )
+        return pkm.optim.SparseAdam([values]).step
     if not op.endswith("gradient"):
         return lambda: pkm.gather_values(values, slots, weights)
     sparse = "sparse" in op

@@ -11,8 +11,9 @@ from .row_file import RowFile as _RowFile
 from .row_file import added, columns_of
 from .row_file import read_rows as _read_rows
 
-SCHEMA = 2
-"""Raised by one whenever a column is added (see `row_file.added`). 2: seed to remark."""
+SCHEMA = 3
+"""Raised by one whenever a column is added (see `row_file.added`). 2: seed to remark. 3: compile_s
+and product_flops_per_s."""
 
 _NAN = math.nan
 
@@ -34,7 +35,9 @@ class Row(Point):
         others: cores' worth of CPU time that other processes took meanwhile.
         graph_ms: median time of a pass replayed from a CUDA graph: of its kernels alone.
         first_call_s: time of the first pass, compiling included; in no other figure.
+        compile_s: seconds of that in which Triton compiled, on a GPU; 0 where its cache had all.
         copy_bytes_per_s: what a copy on the device moved in the same run.
+        product_flops_per_s: what a bfloat16 product on the GPU did in the same run.
         remark: `busy: why` where the machine was, or the passes differ much; else empty.
         tokens_per_s: tokens / median.
         query_ms, lookup_ms, gather_ms: medians of the three parts, each timed on its own.
@@ -57,7 +60,9 @@ class Row(Point):
     others: float = added(2, _NAN)
     graph_ms: float = added(2, _NAN)
     first_call_s: float = added(2, _NAN)
+    compile_s: float = added(3, _NAN)
     copy_bytes_per_s: float = added(2, _NAN)
+    product_flops_per_s: float = added(3, _NAN)
     remark: str = added(2, "")
     tokens_per_s: float = _NAN
     query_ms: float = _NAN

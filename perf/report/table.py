@@ -8,6 +8,7 @@ from pkm_triton.perf.records.points import IMPLEMENTATIONS, PASSES
 from pkm_triton.perf.records.sweep_row import POINT_FIELDS, Row
 
 from . import paper
+from .plot_bandwidth import share_of_copy
 from .plot_style import count_label, number, slots_label
 from .slices import compared, describe, gradient, machine, reliability, sets_along
 
@@ -68,6 +69,7 @@ def _lines_of(by_size: Mapping[int, Row], sizes: Sequence[int], keys: str) -> li
         "CPU time, all threads (ms)": lambda row: number(row.cpu_ms),
         "the kernels alone (ms)": lambda row: number(row.graph_ms),
         "first call (s)": lambda row: number(row.first_call_s),
+        "of that compiling kernels (s)": lambda row: number(row.compile_s),
         "share of the measured copy": _copy_share,
         "slow-down": lambda row: f"{row.median_ms / smallest:.2f}×",
         "query, lookup, gather (ms)": _parts,
@@ -97,7 +99,7 @@ def _published(sizes: Sequence[int]) -> list[list[str]]:
 
 
 def _copy_share(row: Row) -> str:
-    share = row.moved_bytes / (row.median_ms / 1e3) / row.copy_bytes_per_s
+    share = share_of_copy(row)
     return MISSING if math.isnan(share) else f"{share:.0%}"
 
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from pkm_triton.perf.records.files import write_whole
 from pkm_triton.perf.records.sweep_row import Row
 
+from .plot_bandwidth import bandwidth_share
 from .plot_comparison import comparison
 from .plot_memory import peak_memory
 from .plot_parts import time_by_part
@@ -29,6 +30,7 @@ _PICTURES: dict[str, Draw] = {
     **{f"speed_against_{axis}": _along(axis) for axis in (*NUMERIC, *NAMED)},
     "time_by_part": time_by_part,
     "peak_memory": peak_memory,
+    "bandwidth_share": bandwidth_share,
     "step_against_reads": step_against_reads,
     "comparison": comparison,
 }

@@ -78,6 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument(
+        "--timing",
+        help="eager: as a user calls it; graph: forward passes from a CUDA graph too, the column "
+        "graph_ms, which is what the kernels alone take (default: graph on a GPU)",
+    )
+    parser.add_argument(
         "--seconds", type=float, help="time to spend on each point and again on its parts"
     )
     parser.add_argument(
@@ -127,10 +132,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.preset not in PRESETS:
         raise ValueError(f"preset: {arguments.preset!r} is unknown; allowed: {', '.join(PRESETS)}")
     preset = PRESETS[arguments.preset]
+    device = resolve_device(arguments.device)
     points = make_points(
         None if arguments.grid_only else arguments.preset,
         _replaced_axes(arguments),
-        device=resolve_device(arguments.device),
+        device=device,
         all_threads=torch.get_num_threads(),
     )
     for point in points:
@@ -141,6 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
         seconds=preset.seconds if arguments.seconds is None else arguments.seconds,
         pass_seconds=arguments.time_limit,
         memory_bytes=None if memory is None else memory * 2**30,
+        graphs=_with_graphs(arguments.timing, device),
     )
     folder: Path = arguments.output
     path = folder / CSV_NAME
@@ -183,6 +190,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _with_graphs(timing: str | None, device: str) -> bool:
+    if timing not in (None, "eager", "graph"):
+        raise ValueError(f"timing: {timing!r} is unknown; allowed: eager, graph")
+    if timing == "graph" and device != "cuda":
+        raise ValueError("timing: 'graph' needs a GPU; allowed on a CPU: eager")
+    return timing != "eager"
+
+
 def _report(file: RowFile, folder: Path) -> None:
     """Tables and pictures, where the library that draws them is installed."""
     if find_spec("matplotlib") is None:
@@ -205,10 +220,17 @@ def _plan(todo: Sequence[Point], points: Sequence[Point], limits: Limits) -> lis
     least = 2 * limits.seconds * len(todo) + tables
     most = PATIENCE * 2 * limits.seconds * len(todo) + tables
     total = (
-        f"{len(todo)} of {len(points)} points are to be measured, in about {least / 60:.1f} to "
-        f"{most / 60:.1f} minutes, and longer where one pass takes longer than {limits.seconds:g} s"
+        f"{len(todo)} of {len(points)} points are to be measured, in about {_span(least, most)}, "
+        f"and longer where one pass takes longer than {limits.seconds:g} s"
     )
     return [*lines, total]
+
+
+def _span(least: float, most: float) -> str:
+    """Two times, in seconds where both are short."""
+    if most < 120:
+        return f"{least:.0f} to {most:.0f} seconds"
+    return f"{least / 60:.1f} to {most / 60:.1f} minutes"
 
 
 def _replaced_axes(arguments: argparse.Namespace) -> dict[str, list[object]]:

@@ -13,7 +13,7 @@ from pkm_triton.perf.measure.memory import available_bytes
 from pkm_triton.perf.measure.timing import measure_group
 from pkm_triton.perf.measure.workload import Workload
 from pkm_triton.perf.records.environment import device_name, versions
-from pkm_triton.perf.records.points import IMPLEMENTATIONS, Point
+from pkm_triton.perf.records.points import COMPILED, IMPLEMENTATIONS, Point
 from pkm_triton.perf.records.sweep_row import Row, RowFile
 
 from .predict import predicted_bytes, predicted_seconds
@@ -22,6 +22,9 @@ try:
     from tqdm import tqdm
 except ModuleNotFoundError:  # on a GPU machine with torch alone: lines instead of a bar
     tqdm = None
+
+Progress = Callable[[str, int], None]
+"""Is told what is being done, and how many points were done since it was last told."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Limits:
         seconds: time to spend on each pass, and as much again on its parts.
         pass_seconds: a point whose single pass is predicted to take longer is skipped.
         memory_bytes: a point predicted to need more is skipped; None for what is available.
+        graphs: whether forward passes on a GPU are timed from CUDA graphs too.
 
     Raises:
         ValueError: a limit is not above zero.
@@ -40,6 +44,7 @@ class Limits:
     seconds: float = 0.5
     pass_seconds: float = 30.0
     memory_bytes: float | None = None
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -82,14 +87,14 @@ def run_sweep(
             progress(group[0].label(), 0)
             file.refresh()  # another process may have measured it meanwhile
             if open_points(group, file, limits, seed, retry):
-                file.add(*_measure(group, file, limits, seed))
+                file.add(*_measure(group, file, limits, seed, progress))
             progress(group[0].label(), len(group))
     finally:
         torch.set_num_threads(threads)
     return len(todo)
 
 
-def _progress(count: int) -> Callable[[str, int], None]:
+def _progress(count: int) -> Progress:
     """Is told what is measured and how many points are done, and shows it on stderr."""
     if tqdm is None:
         done = 0
@@ -132,7 +137,9 @@ def _groups(points: Sequence[Point]) -> Iterator[list[Point]]:
     yield from groups.values()
 
 
-def _measure(points: Sequence[Point], file: RowFile, limits: Limits, seed: int) -> list[Row]:
+def _measure(
+    points: Sequence[Point], file: RowFile, limits: Limits, seed: int, progress: Progress
+) -> list[Row]:
     """A row for each point of a group."""
     torch.set_num_threads(points[0].threads)
     outcomes: dict[Point, dict[str, Any]] = {}
@@ -143,6 +150,8 @@ def _measure(points: Sequence[Point], file: RowFile, limits: Limits, seed: int) 
             outcomes[point] = {"status": f"skipped: {reason}"}
             continue
         try:
+            if point.device == "cuda" or point.implementation in COMPILED:
+                progress(f"compiling {point.label()}", 0)
             workload = Workload(point, seed=seed)
             workload.warm_up()
             workloads[point] = workload
@@ -168,7 +177,9 @@ def _measure_ready(workloads: Mapping[Point, Workload], limits: Limits) -> dict[
     """Figures of points in interleaved rounds; where one of them fails, of each on its own."""
     points = list(workloads)
     try:
-        figures = measure_group(points, list(workloads.values()), seconds=limits.seconds)
+        figures = measure_group(
+            points, list(workloads.values()), seconds=limits.seconds, graphs=limits.graphs
+        )
         return dict(zip(points, figures, strict=True))
     except Exception as error:
         if len(points) == 1:

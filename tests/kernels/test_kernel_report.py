@@ -19,7 +19,7 @@ REPORT = """
 import json, sys
 from pkm_triton.perf.compiled import kernel_report
 if __name__ == "__main__":
-    rows = kernel_report.report([sys.argv[1]], sys.argv[2], processes=1)
+    rows = list(kernel_report.report([sys.argv[1]], sys.argv[2], processes=1))
     print(json.dumps(rows))
 """
 

@@ -76,7 +76,7 @@ def test_a_grid_of_ones_own_is_measured_and_nothing_else(tmp_path, capsys):
     assert main(["sweep", *GRID, "--dry-run", "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert printed.count("pkm_triton product |C|=") == 4
-    assert "4 of 4 points are to be measured, in about 0.0 to " in printed
+    assert "4 of 4 points are to be measured, in about " in printed
     assert not (tmp_path / "out").exists()
     assert main(["sweep", *GRID, "--output", str(tmp_path / "out")]) == 0
     rows = read_rows(tmp_path / "out" / "sweep.csv")
@@ -84,6 +84,28 @@ def test_a_grid_of_ones_own_is_measured_and_nothing_else(tmp_path, capsys):
     capsys.readouterr()
     assert main(["sweep", *GRID, "--dry-run", "--output", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.startswith("0 of 4 points are to be measured")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [("0.001", "1 to 1 seconds, "), ("30", "4.0 to 12.0 minutes, ")]
+)
+def test_a_dry_run_tells_short_times_in_seconds(seconds, expected, tmp_path, capsys):
+    command = ["sweep", *GRID, "--dry-run", "--output", str(tmp_path / "out")]
+    assert main([*command, "--seconds", seconds]) == 0
+    assert f"in about {expected}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("lazy", "timing: 'lazy' is unknown; allowed: eager, graph"),
+        ("graph", "timing: 'graph' needs a GPU; allowed on a CPU: eager"),
+    ],
+)
+def test_a_timing_that_cannot_be_is_refused(word, message, tmp_path, capsys):
+    assert main(["sweep", *GRID, "--timing", word, "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"pkm-perf: {message}\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sweep_that_measured_nothing_fails(tmp_path, capsys):

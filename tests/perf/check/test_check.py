@@ -111,7 +111,8 @@ def test_without_a_gpu_and_an_interpreter_it_says_what_to_do(tmp_path, capsys, m
     [
         (["--plant", "weeds"], "plant: 'weeds' is unknown; allowed: lookup-misses-the-best, "),
         (["--backend", "cuda"], "backend: 'cuda' is unknown; allowed: triton, torch"),
-        (["--only", "nothing", "else"], "only: no check's name holds 'nothing' or 'else'"),
+        (["--only", "nothing", "else"], "only: no check's name holds 'nothing'; allowed: a group"),
+        (["--only", "Sample", "else"], "holds 'else'; allowed: a group (Lookup, Gather, Sample, "),
         (["--time-limit", "0"], "time-limit: 0.0 is not allowed"),
         (["--render", "/nowhere.json"], "render: '/nowhere.json' cannot be read (No such file"),
     ],

@@ -1,16 +1,20 @@
 """Outcomes, the rule of tolerance, the page, and measurements on what stands in for a GPU."""
 
 import dataclasses
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+import pkm_triton as pkm
 from pkm_triton.perf.check import oracle, speed
 from pkm_triton.perf.check.outcome import INFO, Check, Line, Outcome, Report
 from pkm_triton.perf.check.page import markdown, terminal_line
 from pkm_triton.perf.check.run import do
 from pkm_triton.perf.check.setting import Setting
-from pkm_triton.perf.measure import roofline
+from pkm_triton.perf.measure import fbgemm, roofline
 from pkm_triton.perf.records.points import Point
 
 EXACT = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
@@ -111,6 +115,84 @@ def test_the_page_of_a_recorded_report(report):
     )
 
 
+def test_the_page_says_what_compiling_took(report):
+    report.compiled |= {"gather_values_kernel": [0.5], "select_kernel": [1.25, 2.25]}
+    page = markdown(Report.from_json(report.as_json())).splitlines()
+    place = page.index("## Compiling")
+    assert page[place + 4 : place + 6] == [
+        "| select_kernel | 2 | 3.5 | 2.2 |",
+        "| gather_values_kernel | 1 | 0.5 | 0.5 |",
+    ]
+    older = {name: each for name, each in report.as_json().items() if name != "compiled"}
+    assert "## Compiling" not in markdown(Report.from_json(older))
+
+
+FAKE_FBGEMM = {
+    "split_embedding_configs": {"SparseType": SimpleNamespace(from_dtype=lambda dtype: dtype)},
+    "split_table_batched_embeddings_ops_common": {"PoolingMode": SimpleNamespace(SUM="sum")},
+}
+
+
+class FakeTable:
+    """Takes what FBGEMM's table takes."""
+
+    def __init__(self, specs, *, weights_precision, pooling_mode, use_cpu, output_dtype):
+        assert weights_precision == output_dtype
+        assert (pooling_mode, use_cpu) == ("sum", True)
+        ((self.rows, self.width),) = specs
+        self.weights = torch.zeros(self.rows * self.width, dtype=weights_precision)
+
+    def __call__(self, indices, offsets, per_sample_weights):
+        table = self.weights.view(self.rows, self.width).float()
+        return torch.nn.functional.embedding_bag(
+            indices, table, offsets, mode="sum", per_sample_weights=per_sample_weights,
+            include_last_offset=True,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def fake_fbgemm(monkeypatch):
+    parts = {
+        **FAKE_FBGEMM,
+        "split_table_batched_embeddings_ops_training": {
+            "DenseTableBatchedEmbeddingBagsCodegen": FakeTable
+        },
+    }
+    package = ModuleType("fbgemm_gpu")
+    package.__spec__ = ModuleSpec("fbgemm_gpu", None)
+    monkeypatch.setitem(sys.modules, "fbgemm_gpu", package)
+    for name, contents in parts.items():
+        module = ModuleType(f"fbgemm_gpu.{name}")
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, f"fbgemm_gpu.{name}", module)
+
+
+def test_fbgemm_gathers_the_same(fake_fbgemm):
+    values = torch.randn(9, 5)
+    slots = torch.randint(9, (4, 3), dtype=torch.int32)
+    weights = torch.rand(4, 3)
+    found = fbgemm.make_gather(values, slots)(weights)
+    torch.testing.assert_close(found, pkm.gather_values(values, slots, weights))
+
+
+def test_fbgemm_is_measured_where_it_is_installed(setting, fake_fbgemm):
+    peaks = {"bytes": 1e9, "flops": 1e9}
+    assert speed._gather(setting, POINT, peaks).figures["FBGEMM / ours"] > 0
+
+
+def test_fbgemm_that_fails_is_a_note(setting, fake_fbgemm, monkeypatch):
+    monkeypatch.setattr(fbgemm, "make_gather", lambda *_: fail(RuntimeError("no bfloat16 table")))
+    outcome = speed._gather(setting, POINT, {"bytes": 1e9, "flops": 1e9})
+    assert outcome.note == "FBGEMM: RuntimeError: no bfloat16 table"
+    assert "FBGEMM / ours" not in outcome.figures
+
+
+def test_fbgemm_is_not_named_where_it_is_not(setting):
+    assert not fbgemm.is_installed()
+    outcome = speed._gather(setting, POINT, {"bytes": 1e9, "flops": 1e9})
+    assert "FBGEMM" not in str(outcome)
+
+
 @pytest.mark.parametrize("damage", [{"format": 99}, {"lines": [{"group": "A"}]}, {"lines": None}])
 def test_a_damaged_report_is_refused(report, damage):
     with pytest.raises(ValueError, match="render: "):
@@ -177,5 +259,5 @@ def test_an_alternative_that_fails_is_told(setting):
             pass
 
     outcome = speed._side_by_side(setting, Works(), {"other": Broken})
-    assert outcome.note == "other: RuntimeError"
+    assert outcome.note == "other: RuntimeError: no kernel image"
     assert "other / ours" not in outcome.figures

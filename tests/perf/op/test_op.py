@@ -72,14 +72,18 @@ def test_bytes_are_those_of_the_tensors():
     query, subkeys = torch.empty(5, 2, 4).bfloat16(), torch.empty(2, 2, 8, 2).bfloat16()
     scores, slots = torch.empty(5, 2, 3), torch.empty(5, 2, 3, dtype=torch.int32)
     out, rows = torch.empty(5, 24).bfloat16(), torch.empty(30, 24).bfloat16()
-    table = torch.empty(64, 24).bfloat16()
+    table, keys = torch.empty(64, 24).bfloat16(), torch.empty(2, 64, 4).bfloat16()
     expected = {
         "product_key_topk": (query, subkeys, scores, slots),
         "product_key_topk_gradient": (query, subkeys, query, subkeys, scores, slots),
-        "flat_key_topk": (query, torch.empty(2, 64, 4).bfloat16(), scores, slots),
+        "flat_key_topk": (query, keys, scores, slots),
         "gather_values": (rows, out, scores, slots),
         "gather_values_dense_gradient": (rows, table, out, scores, scores, slots),
         "gather_values_sparse_gradient": (rows, rows, out, scores, scores, slots),
+        "flat_key_topk_gradient": (query, keys, query, keys, scores, slots),
+        "sample_values": (rows, out, scores, slots),
+        "scatter_values": (table, out, scores, slots),
+        "sparse_adam": (*[rows] * 3, *[rows.float()] * 4),
     }
     assert set(expected) == set(OPS)
     for name, tensors in expected.items():

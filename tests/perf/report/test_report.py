@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import math
 
 import pytest
 
@@ -7,6 +8,7 @@ from pkm_triton.perf.measure import roofline
 from pkm_triton.perf.records.points import DTYPES, Point
 from pkm_triton.perf.records.sweep_row import Row
 from pkm_triton.perf.report import compare
+from pkm_triton.perf.report.plot_bandwidth import bandwidth_share
 from pkm_triton.perf.report.plot_speed import speed_against_size
 from pkm_triton.perf.report.plot_step import crossing, reads_per_slot, step_against_reads
 from pkm_triton.perf.report.plot_style import (
@@ -340,3 +342,38 @@ def test_shares_of_the_measured_copy_and_of_kernels_alone_stand_in_the_table():
     assert cells(table, "share of the measured copy, product keys") == ["40%", "40%"]
     assert cells(table, "the kernels alone (ms), product keys") == ["9.00", "9.00"]
     assert "first call" not in table
+
+
+def test_the_share_of_the_copy_is_drawn_with_that_of_the_kernels_alone():
+    rows = [
+        gpu_row(num_subkeys=size, moved_bytes=8e9, copy_bytes_per_s=2e12, graph_ms=alone)
+        for size, alone in ((512, 8.0), (1024, 5.0))
+    ]
+    (axis,) = bandwidth_share(rows).axes
+    whole, alone = axis.get_lines()
+    assert list(whole.get_xdata()) == [512**2, 1024**2]
+    assert list(whole.get_ydata()) == pytest.approx([0.4, 0.4])
+    assert list(alone.get_ydata()) == pytest.approx([0.5, 0.8])
+    assert alone.get_label().endswith("kernels alone (CUDA graph)")
+    assert axis.get_ylabel() == "share of the measured copy"
+    assert "(2,000 GB/s)" in axis.figure._supxlabel.get_text()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"copy_bytes_per_s": math.nan}, {"num_subkeys": 512}, {"status": "oom: 9 GiB"}]
+)
+def test_no_share_of_the_copy_is_drawn_without_two_sizes_that_have_one(changes):
+    rows = [
+        gpu_row(**{"num_subkeys": size, "moved_bytes": 8e9, "copy_bytes_per_s": 2e12} | changes)
+        for size in (512, 1024)
+    ]
+    assert bandwidth_share(rows) is None
+
+
+def test_compiling_stands_beside_the_first_call_in_the_table():
+    rows = [
+        gpu_row(num_subkeys=size, first_call_s=3.5, compile_s=seconds)
+        for size, seconds in ((512, 3.25), (1024, 0.0))
+    ]
+    table = size_table(rows)
+    assert cells(table, "of that compiling kernels (s), product keys") == ["3.25", "0"]

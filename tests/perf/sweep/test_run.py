@@ -1,3 +1,5 @@
+import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -8,6 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from pkm_triton.perf.measure import timing
 from pkm_triton.perf.measure.workload import Workload
 from pkm_triton.perf.records.environment import device_name
 from pkm_triton.perf.records.points import Point
@@ -41,6 +44,8 @@ def test_a_row_has_its_figures(file):
     assert row.roofline != row.roofline or row.device == "cuda"
     assert row.graph_ms != row.graph_ms or row.device == "cuda"
     assert row.first_call_s > 0
+    on_cpu = row.device == "cpu"
+    assert math.isnan(row.compile_s) == math.isnan(row.product_flops_per_s) == on_cpu
     assert 1e8 < row.copy_bytes_per_s < 1e13
     assert (row.seed, row.seconds) == (0, 0.001)
     assert row.cpu_ms >= 0
@@ -356,3 +361,28 @@ def test_a_killed_sweep_keeps_every_row_and_goes_on(tmp_path):
     after = {row.top_k: row.median_ms for row in read_rows(path)}
     assert len(after) == 24
     assert {top: after[top] for top in before} == before
+
+
+def test_compiling_is_told_before_it_begins(file, monkeypatch):
+    told = []
+
+    def fail(*_, **__):
+        told.append("made")
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(sweep, "_progress", lambda count: lambda label, done: told.append(label))
+    monkeypatch.setattr(sweep.Workload, "warm_up", fail)
+    compiled = Point(**TINY, implementation="textbook-compiled")
+    run_sweep([Point(**TINY), compiled], file, FAST)
+    # On a CPU our own layer has nothing to compile.
+    own = Point(**TINY).label()
+    assert told[:3] == [own, "made", f"compiling {compiled.label()}"]
+    assert told[-1] == own
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_graphs_are_timed_where_they_are_asked_for(graphs, file, monkeypatch):
+    monkeypatch.setattr(timing, "_graph_ms", lambda *_: 0.25)
+    run_sweep([Point(**TINY)], file, dataclasses.replace(FAST, graphs=graphs))
+    (row,) = file.rows
+    assert row.graph_ms == 0.25 if graphs else math.isnan(row.graph_ms)
