@@ -14,6 +14,9 @@ from .chunks import MAX_TEMPORARY_ELEMENTS, token_chunks
 from .topk import matmul_full_float32, scoring_dtype, topk_last_dim
 
 
+FEW_TOKENS = 4
+
+
 @functools.lru_cache(maxsize=64)
 def candidate_ranks(top_k: int, num_subkeys: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The pairs of ranks, from 0, that can be among the best `top_k` sums of two sorted lists.
@@ -75,7 +78,7 @@ def _topk_of_chunk(
     per_half = min(top_k, num_subkeys)
     halves = query.view(-1, books, width).transpose(0, 1)
     # Not named, so that the scores, [2 H, t, N], are gone before the pairs are made.
-    best, index = topk_last_dim(matmul_full_float32(halves, keys), per_half)
+    best, index = topk_last_dim(_scores(halves, keys), per_half)
     # A head's two lists end to end, [t, H, 2 k].
     best = best.transpose(0, 1).reshape(-1, heads, 2 * per_half)
     index = index.transpose(0, 1).reshape(-1, heads, 2 * per_half)
@@ -85,6 +88,14 @@ def _topk_of_chunk(
     row = index.gather(-1, ranks[0].take(position))
     column = index.gather(-1, ranks[1].take(position))
     return scores, torch.add(column, row, alpha=num_subkeys).to(torch.int32)
+
+
+def _scores(halves: Tensor, keys: Tensor) -> Tensor:
+    """[2 H, t, N] of halves [2 H, t, D] and keys [2 H, D, N], which lie as [2 H, N, D]."""
+    if halves.is_cpu and halves.shape[1] <= FEW_TOKENS:
+        # As the keys lie in memory: from there, not from a cache, it is up to twice as fast.
+        return matmul_full_float32(keys.transpose(1, 2), halves.transpose(1, 2)).transpose(1, 2)
+    return matmul_full_float32(halves, keys)
 
 
 def _best_sums(sums: Tensor, leaders: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
