@@ -13,7 +13,6 @@ from torch import Tensor
 from .chunks import MAX_TEMPORARY_ELEMENTS, token_chunks
 from .topk import matmul_full_float32, scoring_dtype, topk_last_dim
 
-
 FEW_TOKENS = 4
 
 
