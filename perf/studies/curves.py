@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 from pkm_triton.perf.report import paper
 from pkm_triton.perf.report.plot_style import (
     BLUE,
+    GREY,
     ORANGE,
     add_caption,
     add_legend,
     new_figure,
-    plain_log_axis,
 )
 from pkm_triton.perf.report.plot_style import slots_label as label_of
 from pkm_triton.perf.report.table import markdown
@@ -67,15 +67,18 @@ def _name(trial: Trial) -> str:
 
 def report(results: Results, preset: Preset, base: Trial) -> Report:
     """A table a figure, and the curves."""
-    kinds = _kinds(preset, base)
-    cells = {kind: [results.cell(trial) for trial in _over_time(preset, kind)] for kind in kinds}
-    if not any(cell for row in cells.values() for cell in row):
+    cells = {
+        kind: [results.cell(trial) for trial in _over_time(preset, kind)]
+        for kind in _kinds(preset, base)
+    }
+    cells = {kind: row for kind, row in cells.items() if any(row)}
+    if not cells:
         return Report([], {})
     tokens = [steps * base.batch * base.context / 1e6 for steps in preset.curve_steps]
     caption = about(results, base, "num_subkeys", "steps")
     sections = [caption]
     for name, (title, spec, scale) in _FIGURES.items():
-        lines = [line(_name(kind), cells[kind], name, spec, scale) for kind in kinds]
+        lines = [line(_name(kind), row, name, spec, scale) for kind, row in cells.items()]
         sections.append(markdown([title, *(f"{count:.3g} M tokens" for count in tokens)], lines))
     lines = [
         published("flat keys", paper.TABLE_4_FLAT["perplexity"][:2], ".1f"),
@@ -90,7 +93,7 @@ def report(results: Results, preset: Preset, base: Trial) -> Report:
 
 
 def _figure(cells: dict[Trial, list[Cell | None]], tokens: list[float], caption: str) -> Figure:
-    figure, axes = new_figure(3, width=13, height=5.2)
+    figure, axes = new_figure(2, width=10.5, height=8.2, rows=2)
     sizes = sorted({kind.num_subkeys for kind in cells})
     for kind, row in cells.items():
         style: dict[str, Any] = {
@@ -99,13 +102,24 @@ def _figure(cells: dict[Trial, list[Cell | None]], tokens: list[float], caption:
             "linestyle": ":" if kind.fixed_keys else "-",
             "label": _name(kind),
         }
-        for axis, (name, (_, _, scale)) in zip(axes, _FIGURES.items(), strict=True):
+        for axis, (name, (_, _, scale)) in zip(axes, _FIGURES.items(), strict=False):
             draw(axis, tokens, row, name, scale=scale, **style)
-    for axis, (title, _, _) in zip(axes, _FIGURES.values(), strict=True):
-        plain_log_axis(axis, "x", tokens, [f"{count:.3g}" for count in tokens])
+        product = cells.get(dataclasses.replace(kind, keys="product"))
+        if kind.keys == "flat" and product is not None:
+            pairs = [
+                (count, flat.mean("perplexity") / other.mean("perplexity") - 1)
+                for count, flat, other in zip(tokens, row, product, strict=True)
+                if flat is not None and other is not None
+            ]
+            axes[3].plot([at for at, _ in pairs], [100 * part for _, part in pairs], **style)
+    titles = [title for title, _, _ in _FIGURES.values()]
+    titles.append("Perplexity of flat keys above that of product keys, %")
+    for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("tokens trained on, millions")
+        axis.set_xlim(left=0)
     axes[1].set_ylim(0, 105)
+    axes[3].axhline(0, color=GREY, linewidth=1)
     add_legend(figure, axes)
     add_caption(figure, caption)
     return figure
