@@ -138,8 +138,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _functions(self, param: Tensor) -> Any:
         """What runs the step of a parameter, after a check of its gradient and state."""
-        grad = param.grad
-        assert grad is not None
+        assert param.grad is not None
+        grad = local(param.grad)
         weights: list[Tensor] = []
         if isinstance(grad, FactoredGradient):
             weights = [part.weights for part in grad.reads]

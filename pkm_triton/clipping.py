@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from .gradients import FactoredGradient, local, rows_and_values
+from .sharded_gradient import ShardedGradient
 
 
 @torch.no_grad()
@@ -47,11 +48,16 @@ def clip_grad_norm_(
     dense: list[Tensor] = []
     sharded: list[Any] = []
     factored: list[FactoredGradient] = []
+    scaled: list[Tensor] = []
+    norms: list[Tensor] = []
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         grad = parameter.grad
         if grad is None:
             continue
-        if isinstance(grad, FactoredGradient):
+        if isinstance(grad, ShardedGradient):
+            norms.append(grad.vector_norm(norm_type))
+            scaled.append(grad.shard)
+        elif isinstance(grad, FactoredGradient):
             factored.append(grad)
         elif grad.is_sparse:
             grad = parameter.grad = grad if grad.is_coalesced() else _coalesced(grad)
@@ -61,7 +67,7 @@ def clip_grad_norm_(
         else:
             dense.append(grad)
     # The norm of the norms is that of all elements.
-    norms = [grad.vector_norm(norm_type) for grad in factored]
+    norms += [grad.vector_norm(norm_type) for grad in factored]
     norms += [get_total_norm(dense, norm_type, foreach=foreach)] if dense else []
     if sharded:
         total: Any = get_total_norm(sharded, norm_type, foreach=foreach)
@@ -76,7 +82,7 @@ def clip_grad_norm_(
                 grad.mul_(scale.to(device))
         else:
             torch._foreach_mul_(grads, scale.to(device))  # pyright: ignore[reportPrivateImportUsage]
-    for grad in factored:
+    for grad in (*factored, *scaled):
         grad.mul_(scale)
     return norm
 

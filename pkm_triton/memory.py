@@ -78,6 +78,7 @@ class _KeyValueMemory(HostedModule, ABC):
         )
         self.key_norm = self.output = None
         self.tuned: TunedSlots | None = None
+        self.sharding: Any = None
         if key_norm is not None:
             self.key_norm = ScaledNorm(keys.shape[-1], key_norm, 1.0, device=device, dtype=dtype)
         if output is not None:
@@ -95,7 +96,10 @@ class _KeyValueMemory(HostedModule, ABC):
         keys = getattr(self, self.keys_name)
         bound = keys.shape[-1] ** -0.5
         nn.init.uniform_(keys, -bound, bound)
-        nn.init.normal_(self.values, std=self.value_dim**-0.5)
+        if self.sharding is None:
+            nn.init.normal_(self.values, std=self.value_dim**-0.5)
+        else:
+            self.sharding.initialise(self.values, self.value_dim**-0.5)
         for module in (self.key_norm, self.output):
             if module is not None:
                 module.reset_parameters()
@@ -201,6 +205,8 @@ class _KeyValueMemory(HostedModule, ABC):
         """The sums [..., value_dim] of what tokens x read: slots and weights [..., R]."""
         if self.tuned is not None:
             return self.tuned(self.values, slots, weights)
+        if self.sharding is not None:
+            return self.sharding.gather(self.values, slots, weights, self.sparse_grad)
         values = self.values
         return gather_values(values, slots, weights, sparse_grad=self._form(values))
 
@@ -276,6 +282,7 @@ class ProductKeyMemory(_KeyValueMemory):
         key_norm, output: the modules of those options, or None.
         out_dim: width of the output.
         tuned: the slots that train, or None for all (see `train_slots`).
+        sharding: how `values` lies over ranks, or None (see `distributed.shard_memory`).
         usages: the `MemoryUsage`s that are shown every read of a forward pass (see `track_usage`);
             a pass that checkpointing repeats is shown once.
         layer_mask: the mask of the attention beside the memory, for the next call, which takes it

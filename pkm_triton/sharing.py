@@ -22,8 +22,8 @@ def share_values(layers: Iterable[nn.Module]) -> tuple[nn.Parameter, ...]:
 
     Raises:
         TypeError: if one is no memory, or of another kind than the first.
-        ValueError: if there is none, or a table differs in shape, dtype, device, or the form of
-            its gradient; nothing has been shared then.
+        ValueError: if there is none, or a table differs in shape, dtype, device, the form of its
+            gradient, or its sharding; nothing has been shared then.
     """
     memories = list(layers)
     if not memories:
@@ -43,6 +43,10 @@ def share_values(layers: Iterable[nn.Module]) -> tuple[nn.Parameter, ...]:
                         f"layers[{index}].{name} has {what} {getattr(theirs, what)}, but the "
                         f"first's has {getattr(ours, what)}"
                     )
+        if layer.sharding is not first.sharding:
+            raise ValueError(
+                f"layers[{index}] is not sharded as the first: share values before shard_memory"
+            )
         if layer.sparse_grad != first.sparse_grad:
             raise ValueError(
                 f"layers[{index}] has sparse_grad={layer.sparse_grad!r}, but the first has "

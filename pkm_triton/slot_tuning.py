@@ -70,7 +70,8 @@ def train_slots(layer: "_KeyValueMemory", slots: Tensor) -> nn.Parameter:
 
     Raises:
         TypeError: if the layer is no such memory, or slots no integer tensor.
-        ValueError: if there is no slot, one is out of range, or some train already.
+        ValueError: if there is no slot, one is out of range, some train already, or the values are
+            sharded.
     """
     if getattr(type(layer), "table_names", None) != ("values",):
         raise TypeError(
@@ -80,6 +81,8 @@ def train_slots(layer: "_KeyValueMemory", slots: Tensor) -> nn.Parameter:
     if slots.numel() == 0:
         raise ValueError("slots is empty: at least one must train")
     check_slot_range(slots, layer.num_slots)
+    if layer.sharding is not None:
+        raise ValueError("the layer's values are sharded: train_slots takes whole tables alone")
     if layer.tuned is not None:
         raise ValueError(f"{len(layer.tuned.slots)} slots train already: merge_slots first")
     layer.tuned = TunedSlots(layer.values, slots)

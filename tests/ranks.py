@@ -6,10 +6,10 @@ from pathlib import Path
 
 _START = """
 import os, sys, torch, torch.distributed as dist
-rank, folder = int(sys.argv[1]), sys.argv[2]
+rank, folder, ranks = int(sys.argv[1]), sys.argv[2], int(sys.argv[4])
 sys.path.append(sys.argv[3])
 torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
 """
 # Gloo's threads, torn down by the interpreter in any order, abort a process now and then after all
 # its work is done: so leave without tearing down.
@@ -22,16 +22,30 @@ os._exit(0)
 
 
 def run_two_ranks(script: str, folder: Path) -> list[str]:
-    """What each of two ranks printed; the script knows its `rank`, `folder` and these tests."""
+    """What each of two ranks printed; see `run_ranks`."""
+    return run_ranks(script, folder, 2)
+
+
+def run_ranks(script: str, folder: Path, count: int) -> list[str]:
+    """What each rank printed; the script knows its `rank`, `ranks`, `folder` and these tests."""
     tests = str(Path(__file__).parent)
+    (folder / "store").unlink(missing_ok=True)  # of an earlier group
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", _START + script + _END, str(rank), str(folder), tests],
+            [
+                sys.executable,
+                "-c",
+                _START + script + _END,
+                str(rank),
+                str(folder),
+                tests,
+                str(count),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     printed = [rank.communicate(timeout=120) for rank in ranks]
     for rank, (_, error) in zip(ranks, printed, strict=True):

@@ -3,6 +3,7 @@
 `data_parallel` wraps a model in `DistributedDataParallel` whose sparse and factored gradients are
 averaged without ever being dense; `ignore_sparse_values` and `average_sparse_values` are its parts,
 for where something else does the wrapping; `average_gradients` is for loops without it.
+`shard_memory` spreads tables that outgrow one device.
 """
 
 from .data_parallel import (
@@ -11,10 +12,13 @@ from .data_parallel import (
     data_parallel,
     ignore_sparse_values,
 )
+from .shard_memory import shard_memory, sharded_values
 
 __all__ = [
     "average_gradients",
     "average_sparse_values",
     "data_parallel",
     "ignore_sparse_values",
+    "shard_memory",
+    "sharded_values",
 ]

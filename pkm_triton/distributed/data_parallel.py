@@ -27,8 +27,8 @@ def data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
         **options: those of `DistributedDataParallel`.
 
     Raises:
-        ValueError: if the model has no parameter but the values of sparse memories: that leaves
-            `DistributedDataParallel` nothing; see `average_gradients`.
+        ValueError: if the model has no parameter but the values of sparse or sharded memories: that
+            leaves `DistributedDataParallel` nothing; see `average_gradients`.
     """
     return average_sparse_values(DistributedDataParallel(ignore_sparse_values(model), **options))
 
@@ -37,8 +37,8 @@ def ignore_sparse_values(model: nn.Module) -> nn.Module:
     """Tell `DistributedDataParallel`, whoever will wrap the model, to leave sparse values out.
 
     Args:
-        model: any module; the values of its memories with `sparse_grad` True or "factored" will be
-            left out, beside what is already.
+        model: any module; the values of its memories with `sparse_grad` True or "factored", and
+            those of `shard_memory`, will be left out, beside what is already.
 
     Returns:
         The same model.
@@ -46,7 +46,7 @@ def ignore_sparse_values(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if that leaves no parameter that requires a gradient.
     """
-    values = {id(table) for layer in _sparse_memories(model) for table in layer.tables}
+    values = {id(table) for layer in _left_out(model) for table in layer.tables}
     names = [
         f"{prefix}.{name}"  # as DistributedDataParallel spells it, also where the prefix is empty
         for prefix, module in model.named_modules()
@@ -55,7 +55,7 @@ def ignore_sparse_values(model: nn.Module) -> nn.Module:
     ]
     if values and not any(p.requires_grad for p in model.parameters() if id(p) not in values):
         raise ValueError(
-            "model has no parameter for DistributedDataParallel but values of sparse memories: "
+            "model has no parameter for DistributedDataParallel but values that are left out: "
             "train it without, and call average_gradients after each backward pass"
         )
     ignored = list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
@@ -80,17 +80,19 @@ def average_sparse_values(
     Raises:
         ValueError: if the values have not been left out.
     """
-    layers = _sparse_memories(parallel.module)
+    layers = _left_out(parallel.module)
     for name, module in parallel.module.named_modules():
         tables = [f"{name}.{table}" for table in module.table_names] if module in layers else []
         if not set(tables) <= set(parallel.parameters_to_ignore):
             raise ValueError(
-                f"the values of memory {name!r} have sparse_grad={module.sparse_grad!r}, but "
+                f"the values of memory {name!r} have sparse_grad={module.sparse_grad!r}"
+                f"{' and are sharded' if module.sharding is not None else ''}, but "
                 "DistributedDataParallel was not told to leave them out: call "
                 "ignore_sparse_values on the model before it is wrapped"
             )
     group = parallel.process_group
-    forms = {id(table): (table, m.sparse_grad) for m in layers for table in m.tables}
+    averaged = [layer for layer in layers if layer.sharding is None]
+    forms = {id(table): (table, m.sparse_grad) for m in averaged for table in m.tables}
     if not forms:
         return parallel
     for table, _ in forms.values():
@@ -142,9 +144,10 @@ def _average(table: Tensor, form: Any, group: Group) -> None:
     table.grad = (mean_factored if form == "factored" else mean_sparse)(grad, table, group)
 
 
-def _sparse_memories(model: nn.Module) -> list[_KeyValueMemory]:
+def _left_out(model: nn.Module) -> list[_KeyValueMemory]:
+    """Memories whose values DistributedDataParallel cannot average, or must not."""
     return [
         module
         for module in model.modules()
-        if isinstance(module, _KeyValueMemory) and module.sparse_grad
+        if isinstance(module, _KeyValueMemory) and (module.sparse_grad or module.sharding)
     ]

@@ -13,7 +13,7 @@ from pkm_triton.gradients import FactoredGradient, Reads, rows_and_values
 Group = distributed.ProcessGroup | None
 
 
-def _sizes_of_all(sizes: list[int], device: torch.device, group: Group) -> list[list[int]]:
+def sizes_of_all(sizes: list[int], device: torch.device, group: Group) -> list[list[int]]:
     """The sizes of each rank; the host waits for them."""
     mine = torch.tensor(sizes, dtype=torch.int64, device=device)
     all_ = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
@@ -40,7 +40,7 @@ def mean_sparse(grad: Tensor | None, table: Tensor, group: Group = None) -> Tens
         rows, grad_rows = _nothing(table, torch.int64)[:, 0], _nothing(table)
     else:
         rows, grad_rows = rows_and_values(grad)
-    counts = [size for (size,) in _sizes_of_all([rows.shape[0]], table.device, group)]
+    counts = [size for (size,) in sizes_of_all([rows.shape[0]], table.device, group)]
     total = sum(counts)
     if total > 0:
         slots = torch.cat(_gather(rows, counts, group)).to(torch.int32).view(total, 1)
@@ -61,7 +61,7 @@ def mean_factored(
 ) -> FactoredGradient:
     """The mean of all ranks' factored gradients of a table, as the reads of all; None is zero."""
     reads = (grad if grad is not None else FactoredGradient(table, [])).merged()
-    sizes = _sizes_of_all(list(reads.slots.shape), table.device, group)
+    sizes = sizes_of_all(list(reads.slots.shape), table.device, group)
     tokens, width = [size[0] for size in sizes], max(size[1] for size in sizes)
     if max(tokens) == 0 or width == 0:
         return FactoredGradient(table, [])

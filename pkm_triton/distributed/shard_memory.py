@@ -1,0 +1,176 @@
+"""Memories whose table is spread over ranks."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import distribute_tensor
+
+from pkm_triton._checks import check_choice
+from pkm_triton._layer_checks import check_module
+from pkm_triton._optimizer_options import check_flag
+from pkm_triton.experts import ProductKeyExperts
+from pkm_triton.memory import _KeyValueMemory
+
+from .agreement import agreed
+from .replicas import replicate
+from .sharding import Sharding, bounds
+
+Layout = Literal["columns", "rows", "replicate"]
+
+
+def shard_memory(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    layout: Layout | Sequence[Layout] = "columns",
+    *,
+    equal_tokens: bool = False,
+    narrow_weights: bool = False,
+) -> nn.Module:
+    """Spread the values of all memories of a model over the ranks of a mesh.
+
+    Each `values` becomes a DTensor parameter, and stays one parameter where layers share it. Every
+    rank passes its own tokens, and gets their output at full width. Call it on all ranks, before
+    the optimiser is made, and before `fully_shard` (with `ignored_params=sharded_values(model)`) or
+    `data_parallel`, which leaves these values out by itself. The rest of the model is as it was.
+
+    Layouts, of K rows and d_v columns over P ranks (neither need divide P):
+
+    - "columns": all rows and d_v / P columns on a rank. Each rank gathers its columns for the
+      tokens of all, and an all-to-all brings every rank its tokens.
+    - "rows": K / P rows on a rank; each sums what it owns of all tokens, and the sums are added up.
+    - ("rows", "columns"), or the reverse, for a mesh of two dimensions: "columns" within a node and
+      "rows" over nodes.
+    - "replicate": the whole table on every rank, as a plain parameter, equal to rank 0's. Sparse
+      and factored gradients are averaged as what was read, when a backward pass stores them.
+
+    Gradients follow `DistributedDataParallel`: with the mean loss of its own tokens on each of P
+    ranks, `values.grad` is the mean over ranks of the losses' gradients. It needs no averaging;
+    gradients add up over backward passes with no communication but the passes' own. The forms of
+    `sparse_grad` are those of `gather_values`, of this rank's shard: a DTensor, or a
+    `ShardedGradient` of a sparse or factored one.
+
+    Values that are there are rank 0's of the mesh. On the meta device no data is made: give it
+    memory by `to_empty`, and values by the layer's `reset_parameters` or a checkpoint.
+
+    Args:
+        model: any module with `ProductKeyMemory` or `FlatKeyMemory` layers. Changed in place.
+        mesh: of one dimension, or two; those ranks alone take part in a forward or backward pass,
+            and all of them in each.
+        layout: see above; one for each dimension of the mesh.
+        equal_tokens: promise that in every call all ranks have equally many tokens. Without it
+            ranks compare their numbers first, for which the host waits. It is needed for
+            `torch.compile` to trace the layer in one graph, with sparse_grad=False.
+        narrow_weights: send the weights of reads in bfloat16, 6 bytes a read instead of 8, with a
+            relative error of at most 2^-9 in each.
+
+    Returns:
+        The model.
+
+    Raises:
+        RuntimeError: if there is no process group.
+        TypeError: if model is no module, mesh no DeviceMesh, or a flag no bool.
+        ValueError: on all ranks, if on any of them the layout is unknown or does not fit the mesh,
+            a memory is sharded already, is of `ProductKeyExperts`, or has slots that train alone,
+            a rank would get no row or column, there is no memory, or ranks differ in any of this.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise RuntimeError(
+            "there is no process group: start the ranks with torchrun, and call "
+            "torch.distributed.init_process_group first"
+        )
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a DeviceMesh, not {type(mesh).__name__}")
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"mesh is {mesh}, of which this rank {distributed.get_rank()} is no part")
+    if mesh.ndim not in (1, 2):
+        raise ValueError(f"mesh has {mesh.ndim} dimensions, but must have 1 or 2")
+    if mesh.ndim == 2 and not mesh.mesh_dim_names:
+        raise ValueError("mesh has no mesh_dim_names: give its two dimensions names")
+    flat = mesh if mesh.ndim == 1 else mesh._flatten()
+
+    def described() -> tuple[Any, ...]:
+        check_module("model", model)
+        check_flag("equal_tokens", equal_tokens)
+        check_flag("narrow_weights", narrow_weights)
+        layouts = _layouts(layout, mesh)
+        tables = _described(model, layouts, mesh)
+        return layouts, tuple(mesh.shape), equal_tokens, narrow_weights, tables
+
+    layouts = agreed(described, flat.get_group())[0]
+    if layouts == ("replicate",):
+        replicate(model, mesh.get_group())
+        return model
+    made: dict[int, tuple[nn.Parameter, Sharding]] = {}
+    for layer in _memories(model).values():
+        whole = layer.values
+        if id(whole) not in made:
+            sharding = Sharding(mesh, layouts, tuple(whole.shape), equal_tokens, narrow_weights)
+            shards = distribute_tensor(whole.detach(), mesh, sharding.placements)
+            made[id(whole)] = nn.Parameter(shards, whole.requires_grad), sharding
+        layer.values, layer.sharding = made[id(whole)]
+    return model
+
+
+def sharded_values(model: nn.Module) -> set[nn.Parameter]:
+    """The values that `shard_memory` has spread: what `fully_shard` must leave out.
+
+    Args:
+        model: any module.
+    """
+    return {m.values for m in _memories(model).values() if m.sharding is not None}
+
+
+def _memories(model: nn.Module) -> dict[str, _KeyValueMemory]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, _KeyValueMemory)}
+
+
+def _layouts(layout: Any, mesh: DeviceMesh) -> tuple[str, ...]:
+    layouts = (layout,) if isinstance(layout, str) else tuple(layout)
+    for each in layouts:
+        check_choice("layout", each, get_args(Layout))
+    if len(layouts) != mesh.ndim:
+        raise ValueError(f"layout is {layout!r}, but mesh has {mesh.ndim} dimensions")
+    if len(layouts) == 2 and set(layouts) != {"rows", "columns"}:
+        raise ValueError(
+            f"layout is {layout!r}, but over two dimensions must be 'rows' and 'columns' in some "
+            "order; to replicate shards, pass one dimension of the mesh, and average_gradients "
+            "over the other"
+        )
+    return layouts
+
+
+def _described(model: nn.Module, layouts: tuple[str, ...], mesh: DeviceMesh) -> list[Any]:
+    """What must be the same on all ranks; refuses what cannot be sharded."""
+    memories = _memories(model)
+    if not memories:
+        raise ValueError("model has no memory: pass a mesh of the ranks that have one")
+    seen: dict[int, int] = {}
+    tables = []
+    for name, layer in memories.items():
+        values: Tensor = layer.values
+        if layer.sharding is not None or hasattr(values, "full_tensor"):
+            raise ValueError(f"memory {name!r} is sharded already")
+        if layouts != ("replicate",):
+            if isinstance(layer, ProductKeyExperts):
+                raise ValueError(
+                    f"memory {name!r} is of ProductKeyExperts, which can be replicated alone"
+                )
+            if layer.tuned is not None:
+                raise ValueError(f"memory {name!r} trains some slots alone: merge_slots first")
+            for each, size in zip(layouts, mesh.shape, strict=True):
+                _check_parts(name, each, values.shape[0 if each == "rows" else 1], size)
+        index = seen.setdefault(id(values), len(seen))
+        form = layer.sparse_grad, values.requires_grad, values.is_meta
+        tables.append((name, index, tuple(values.shape), str(values.dtype), *form))
+    return tables
+
+
+def _check_parts(name: str, layout: str, size: int, ranks: int) -> None:
+    for rank, (start, stop) in enumerate(bounds(size, ranks)):
+        if start == stop:
+            raise ValueError(
+                f"memory {name!r} has {size} {layout}, which over {ranks} ranks leave rank {rank} "
+                "none"
+            )

@@ -1,0 +1,168 @@
+"""How a table lies over ranks, and the gather from it.
+
+Shapes: T tokens of this rank, T_all of all, R reads a token, K slots, d_v columns, of which this
+rank has K_r and d_r.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import Shard
+
+from pkm_triton._checks import SparseGrad, check_gather_values
+from pkm_triton.ops import gather_values
+from pkm_triton.sharded_gradient import LocalShard
+
+from .agreement import tokens_of_all
+from .collectives import exchange, gather_tokens
+
+# Initial values are drawn in blocks of about so many elements, each by a seed of its own.
+BLOCK_ELEMENTS = 1 << 20
+
+
+def bounds(size: int, parts: int) -> list[tuple[int, int]]:
+    """Where each of `parts` begins and ends, as DTensor's Shard cuts a dimension."""
+    step = -(-size // parts)
+    return [(min(size, i * step), min(size, i * step + step)) for i in range(parts)]
+
+
+class Sharding:
+    """A table [K, d_v] over the ranks of a mesh, by rows, by columns, or by both.
+
+    Args:
+        mesh: one- or two-dimensional.
+        layout: "rows" or "columns", for each dimension of the mesh.
+        shape: [K, d_v].
+        equal_tokens: all ranks have equally many tokens, always.
+        narrow_weights: weights are sent in bfloat16.
+    """
+
+    def __init__(
+        self,
+        mesh: Any,
+        layout: tuple[str, ...],
+        shape: tuple[int, int],
+        equal_tokens: bool,
+        narrow_weights: bool,
+    ) -> None:
+        self.mesh, self.layout, self.shape = mesh, layout, shape
+        self.equal_tokens, self.narrow_weights = equal_tokens, narrow_weights
+        self.placements = tuple(Shard(0 if each == "rows" else 1) for each in layout)
+        self.flat = mesh if mesh.ndim == 1 else mesh._flatten()
+        sizes = dict(zip(layout, mesh.shape, strict=True))
+        self.rows = bounds(shape[0], sizes.get("rows", 1))
+        self.columns = bounds(shape[1], sizes.get("columns", 1))
+        # Ranks of the flat mesh run over the last dimension first.
+        rows_first = layout[0] == "rows"
+        grid = [(i, j) for i in range(len(self.rows)) for j in range(len(self.columns))]
+        if not rows_first:
+            grid = [(i, j) for j in range(len(self.columns)) for i in range(len(self.rows))]
+        self.parts = grid
+        self.row_part, self.column_part = grid[self.flat.get_local_rank()]
+
+    def __deepcopy__(self, memo: Any) -> "Sharding":
+        """Itself: it never changes, and process groups have no copies."""
+        return self
+
+    @property
+    def ranks(self) -> int:
+        """P."""
+        return len(self.parts)
+
+    def gather(self, values: Any, slots: Tensor, weights: Tensor, form: SparseGrad) -> Tensor:
+        """`gather_values` of this rank's tokens: slots and weights [..., R] to [..., d_v].
+
+        All ranks must call, also those without tokens, and run backward alike.
+        """
+        compiling = torch.compiler.is_compiling()
+        if compiling and (form or not self.equal_tokens):
+            # A compiled graph has neither gradients that are not dense nor sizes of other ranks.
+            return torch.compiler.disable(self._gather)(values, slots, weights, form)
+        return self._gather(values, slots, weights, form)
+
+    def _gather(self, values: Any, slots: Tensor, weights: Tensor, form: SparseGrad) -> Tensor:
+        check_gather_values(values, slots, weights)
+        shape = slots.shape
+        rows = shape[:-1].numel()
+        slots, weights = slots.reshape(rows, shape[-1]), weights.reshape(rows, shape[-1])
+        slots = slots.to(torch.int32)
+        group = self.flat.get_group()
+        counts = [rows] * self.ranks
+        if not self.equal_tokens:
+            enabled = torch.is_grad_enabled()
+            records = enabled and (values.requires_grad or weights.requires_grad)
+            counts = tokens_of_all(slots, weights, records, group)
+        narrow = weights.dtype.itemsize > 2 and self.narrow_weights
+        wire = torch.bfloat16 if narrow else weights.dtype
+        all_slots = gather_tokens(slots, counts, group, torch.int32)
+        # The gradients of sums come scaled (see below): those of weights are a rank's own.
+        all_weights = gather_tokens(weights, counts, group, wire, float(self.ranks))
+        if form:
+            shard: Tensor = LocalShard.apply(values)  # pyright: ignore[reportAssignmentType]
+        else:
+            shard = values.to_local(grad_placements=self.placements)
+        if len(self.rows) > 1:
+            all_slots, all_weights = self._owned(all_slots, all_weights)
+        sums = gather_values(shard, all_slots, all_weights, sparse_grad=form)
+        return self._returned(sums, counts, group).view(*shape[:-1], self.shape[1])
+
+    def _owned(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Reads of the rows of this rank, counted from its first; others read nothing new.
+
+        Those read, with a weight of zero, a row that is read already: their token's first or, where
+        it has none, another token's.
+        """
+        low, high = self.rows[self.row_part]
+        owned = (slots >= low) & (slots < high)
+        tokens = owned.any(-1)
+        if slots.numel() == 0 or not (torch.compiler.is_compiling() or bool(tokens.any())):
+            return slots[:, :0], weights[:, :0]
+        first = owned.to(torch.int8).argmax(-1, keepdim=True)
+        mine = slots.gather(-1, first)
+        other = mine.index_select(0, tokens.to(torch.int8).argmax().unsqueeze(0))
+        filling = torch.where(tokens.unsqueeze(-1), mine, other)
+        local = torch.where(owned, slots, filling) - low
+        # Where a compiled pass has no read at all, it reads the first row, with a weight of zero.
+        return local.clamp(0, high - low - 1), weights * owned
+
+    def _returned(self, sums: Tensor, counts: list[int], group: Any) -> Tensor:
+        """This rank's tokens [T, d_v] of the sums [T_all, d_r] of all ranks."""
+        tokens = counts[self.flat.get_local_rank()]
+        widths = [stop - start for start, stop in self.columns]
+        send = [count * sums.shape[1] for count in counts]
+        receive = [tokens * widths[j] for _, j in self.parts]
+        # The loss is the mean over ranks: of a table that all ranks share, so is its gradient.
+        received = exchange(sums.reshape(-1), send, receive, group, 1 / self.ranks)
+        parts = dict(zip(self.parts, received.split(receive), strict=True))
+        whole = []
+        for i in range(len(self.rows)):
+            columns = [parts[i, j].view(tokens, width) for j, width in enumerate(widths)]
+            whole.append(torch.cat(columns, 1) if len(columns) > 1 else columns[0])
+        return torch.stack(whole).sum(0) if len(whole) > 1 else whole[0]
+
+    @torch.no_grad()
+    def initialise(self, values: Any, std: float) -> None:
+        """Draw a table's values, normal with that deviation: the same whatever the layout.
+
+        All ranks must call. No rank forms more than a block of rows.
+        """
+        seed = torch.randint(1 << 62, (1,))
+        device = values.to_local().device
+        group = self.flat.get_group()
+        from_first = seed.to(device)
+        source = torch.distributed.get_global_rank(group, 0)
+        torch.distributed.broadcast(from_first, source, group=group)
+        shard, first_seed = values.to_local(), int(from_first)
+        (low, high), (left, right) = self.rows[self.row_part], self.columns[self.column_part]
+        block = max(1, BLOCK_ELEMENTS // self.shape[1])
+        generator = torch.Generator(device)
+        for start in range(low // block * block, high, block):
+            generator.manual_seed(first_seed + start)
+            stop = min(start + block, self.shape[0])
+            drawn = torch.empty(
+                stop - start, self.shape[1], dtype=torch.float32, device=device
+            ).normal_(0, std, generator=generator)
+            here = slice(max(start, low), min(stop, high))
+            rows = drawn[here.start - start : here.stop - start, left:right]
+            shard[here.start - low : here.stop - low] = rows

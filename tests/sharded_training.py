@@ -1,0 +1,232 @@
+"""What ranks run with sharded memories, and what one process does instead; imported by both."""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import pkm_triton as pkm
+from pkm_triton.distributed import shard_memory
+from pkm_triton.optim import SparseAdam, clip_grad_norm_
+
+FORMS = [False, True, "factored"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+SIZES = {"heads": 2, "top_k": 3, "query_dim": 4, "query_norm": "layer"}
+
+
+def layouts(ranks):
+    """Layouts over so many ranks, each with the shape of its mesh."""
+    found = {"columns": (ranks,), "rows": (ranks,), "replicate": (ranks,)}
+    return found | (
+        {("rows", "columns"): (2, 2), ("columns", "rows"): (2, 2)} if ranks == 4 else {}
+    )
+
+
+def make_model(form=False, dtype=torch.float32, value_dim=7, num_subkeys=5):
+    """Two memories of one table, of which neither K = 25 nor d_v = 7 divides by ranks."""
+    torch.manual_seed(1)
+    memories = [
+        pkm.ProductKeyMemory(
+            8, value_dim, num_subkeys=num_subkeys, sparse_grad=form, output="linear", **SIZES
+        )
+        for _ in range(2)
+    ]
+    memories[1].values = memories[0].values
+    return nn.Sequential(nn.Linear(8, 8), memories[0], nn.Tanh(), memories[1]).to(dtype)
+
+
+def batches(ranks, step, dtype, equal=False):
+    """The tokens of each rank in a step: unequally many, and once none."""
+    seed = torch.Generator().manual_seed(step)
+    counts = [4 if equal else (3 + 2 * rank + step) % 6 for rank in range(ranks)]
+    return [
+        torch.randn(count, 8, generator=seed, dtype=torch.float64).to(dtype) for count in counts
+    ]
+
+
+def loss(model, x):
+    """The mean over tokens; of none, zero."""
+    return model(x).square().sum() / max(1, x.shape[0])
+
+
+def train_alone(model, ranks, steps, optimiser, dtype):
+    """What the ranks shall do, by one process with all their tokens."""
+    norms, outputs = [], []
+    for step in range(steps):
+        optimiser.zero_grad()
+        for half in range(2):
+            parts = batches(ranks, 2 * step + half, dtype)
+            outputs.append([model(x).detach() for x in parts])
+            (sum(loss(model, x) for x in parts) / ranks).backward()
+        norms.append(clip_grad_norm_(model.parameters(), 0.5))
+        optimiser.step()
+    return norms, outputs
+
+
+def train(model, rank, ranks, steps, optimiser, dtype):
+    """One rank's part of it."""
+    norms, outputs = [], []
+    rest = [p for p in model.parameters() if p not in pkm.distributed.sharded_values(model)]
+    rest = [p for p in rest if p is not model[1].values]
+    for step in range(steps):
+        optimiser.zero_grad()
+        for half in range(2):
+            x = batches(ranks, 2 * step + half, dtype)[rank]
+            with torch.no_grad():
+                outputs.append(model(x))
+            loss(model, x).backward()
+        pkm.distributed.average_gradients(rest)
+        norms.append(clip_grad_norm_(model.parameters(), 0.5))
+        optimiser.step()
+    return norms, outputs
+
+
+def whole(tensor):
+    """All of a tensor, however it lies over ranks."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+def parameters(model):
+    """All of them, whole, by name."""
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+
+def sharded(form, dtype, layout, shape, rank, **options):
+    """A model whose memories are spread; ranks do not start from the same table."""
+    model = make_model(form, dtype)
+    with torch.no_grad():
+        model[1].values.add_(rank)
+    return shard_memory(model, make_mesh(shape), layout, **options)
+
+
+def make_mesh(shape):
+    """A mesh of gloo ranks."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=("outer", "inner")[: len(shape)])
+
+
+def run_training(rank, ranks, folder, dtypes):
+    """Every layout with every form and dtype."""
+    for layout, shape in layouts(ranks).items():
+        for form in FORMS:
+            for dtype in dtypes:
+                model = sharded(form, dtype, layout, shape, rank)
+                optimiser = SparseAdam(model.parameters(), lr=0.01, rounding="master")
+                made = train(model, rank, ranks, 3, optimiser, dtype)
+                record = (*made, parameters(model), type(model[1].values.grad).__name__)
+                torch.save(record, f"{folder}/{layout}-{form}-{dtype}-{rank}.pt")
+
+
+def _said(wrong):
+    try:
+        wrong()
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return "nothing"
+
+
+def run_refused(rank, folder):
+    """What is wrong on all ranks, or on one."""
+    mesh = make_mesh((2,))
+    done = sharded(False, torch.float32, "columns", (2,), 0)
+    experts = nn.Sequential(pkm.ProductKeyExperts(8, num_subkeys=5, **SIZES))
+    narrow = make_model(value_dim=1)
+    layer = done[1]
+    slots, weights = torch.zeros(3, 6 + rank, dtype=torch.int32), torch.ones(3, 6 + rank)
+
+    def records():
+        with torch.set_grad_enabled(rank == 0):
+            done(torch.ones(2, 8))
+
+    wrong = {
+        "layout": lambda: shard_memory(make_model(), mesh, "diagonal"),
+        "dimensions": lambda: shard_memory(make_model(), mesh, ("rows", "columns")),
+        "none": lambda: shard_memory(nn.Linear(2, 2), mesh),
+        "too many": lambda: shard_memory(narrow, mesh),
+        "again": lambda: shard_memory(done, mesh),
+        "experts": lambda: shard_memory(experts, mesh),
+        "mesh": lambda: shard_memory(make_model(), "cpu"),
+        "differ": lambda: shard_memory(make_model(value_dim=7 + rank), mesh),
+        "one rank": lambda: shard_memory(make_model(), mesh, ["rows", "diagonal"][rank]),
+        "reads": lambda: layer.sharding.gather(layer.values, slots, weights, False),
+        "recording": records,
+        "tuned": lambda: pkm.train_slots(layer, torch.zeros(1, dtype=torch.int64)),
+        "sharing": lambda: pkm.share_values([layer, make_model()[1]]),
+    }
+    torch.save({name: _said(each) for name, each in wrong.items()}, f"{folder}/refused-{rank}.pt")
+
+
+def run_more(rank, ranks, folder):
+    """What is compared within a rank."""
+    _compiled(rank, ranks)
+    _drawn()
+    _wrapped(rank, ranks)
+    _narrow(rank, ranks)
+
+
+def _compiled(rank, ranks):
+    for layout in ("columns", "rows"):
+        model = sharded(False, torch.float32, layout, (ranks,), rank, equal_tokens=True)
+        x = batches(ranks, 0, torch.float32, equal=True)[rank]
+        grads = []
+        for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+            model.zero_grad()
+            loss(run, x).backward()
+            grads.append({name: whole(p.grad) for name, p in model.named_parameters()})
+        torch.testing.assert_close(grads[1], grads[0])
+
+
+def _drawn():
+    """Values drawn after the table was spread without data."""
+    tables = []
+    for layout in ("columns", "rows"):
+        with torch.device("meta"):
+            model = make_model(num_subkeys=40)
+        shard_memory(model, make_mesh((2,)), layout)
+        assert model[1].values.to_local().is_meta
+        model.to_empty(device="cpu")
+        torch.manual_seed(3)
+        model[1].reset_parameters()
+        tables.append(whole(model[1].values))
+    assert torch.equal(*tables)
+    deviation = 7**-0.5
+    assert 0.95 * deviation < tables[0].std() < 1.05 * deviation
+    halves = tables[0].chunk(2)
+    assert not torch.equal(halves[0], halves[1])
+
+
+def _wrapped(rank, ranks):
+    """The rest under DistributedDataParallel and FSDP2, 20 steps."""
+    for wrap in ("ddp", "fsdp"):
+        model = sharded(True, torch.float32, "columns", (ranks,), rank)
+        if wrap == "ddp":
+            run = pkm.distributed.data_parallel(model)
+        else:
+            ignored = pkm.distributed.sharded_values(model)
+            run = fully_shard(model, mesh=make_mesh((ranks,)), ignored_params=ignored)
+        alone = make_model(True)
+        ours = SparseAdam(model.parameters(), lr=0.01)
+        theirs = SparseAdam(alone.parameters(), lr=0.01)
+        for step in range(20):
+            parts = [x + 0.1 for x in batches(ranks, step, torch.float32, equal=True)]
+            sum(loss(alone, x) / ranks for x in parts).backward()
+            loss(run, parts[rank]).backward()
+            for net, optimiser in ((alone, theirs), (model, ours)):
+                clip_grad_norm_(net.parameters(), 1.0)
+                optimiser.step()
+                optimiser.zero_grad()
+        expected = {name: p.detach() for name, p in alone.named_parameters()}
+        torch.testing.assert_close(parameters(model), expected, rtol=1e-3, atol=1e-4)
+
+
+def _narrow(rank, ranks):
+    """Weights in bfloat16 on the way: an error of 2^-9 at most."""
+    x = batches(ranks, 0, torch.float32)[rank]
+    wide = sharded(False, torch.float32, "columns", (ranks,), 0)
+    narrow = sharded(False, torch.float32, "columns", (ranks,), 0, narrow_weights=True)
+    for layer, half in ((wide[1], narrow[1]),):
+        weights, slots = layer.lookup(x)
+        exact = layer.sharding.gather(layer.values, slots, weights, False)
+        rounded = half.sharding.gather(half.values, slots, weights, False)
+        largest = whole(layer.values).abs().max() * layer.heads
+        if x.shape[0]:
+            assert 0 < (exact - rounded).abs().max() <= largest * 2**-9
