@@ -106,7 +106,8 @@ def shard_memory(
     for layer in _memories(model).values():
         whole = layer.values
         if id(whole) not in made:
-            sharding = Sharding(mesh, layouts, tuple(whole.shape), equal_tokens, narrow_weights)
+            shape = whole.shape[0], whole.shape[1]
+            sharding = Sharding(mesh, layouts, shape, equal_tokens, narrow_weights)
             shards = distribute_tensor(whole.detach(), mesh, sharding.placements)
             made[id(whole)] = nn.Parameter(shards, whole.requires_grad), sharding
         layer.values, layer.sharding = made[id(whole)]

@@ -78,7 +78,8 @@ class Sharding:
         compiling = torch.compiler.is_compiling()
         if compiling and (form or not self.equal_tokens):
             # A compiled graph has neither gradients that are not dense nor sizes of other ranks.
-            return torch.compiler.disable(self._gather)(values, slots, weights, form)
+            eager: Any = torch.compiler.disable(self._gather)
+            return eager(values, slots, weights, form)
         return self._gather(values, slots, weights, form)
 
     def _gather(self, values: Any, slots: Tensor, weights: Tensor, form: SparseGrad) -> Tensor:
