@@ -161,7 +161,8 @@ def test_a_missing_library_is_named(tmp_path, capsys, monkeypatch):
 def test_ctrl_c_leaves_a_valid_csv_and_says_how_to_go_on(tmp_path):
     tops = [str(top) for top in range(1, 60)]
     command = [sys.executable, "-m", "pkm_triton.perf", "sweep", *TINY, "--output", str(tmp_path)]
-    command += ["--top-k", *tops]
+    # Time enough for a signal from a busy machine to come before the end.
+    command += ["--top-k", *tops, "--seconds", "0.3"]
     path = tmp_path / "sweep.csv"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
         deadline = time.monotonic() + 60
