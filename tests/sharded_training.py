@@ -161,6 +161,32 @@ def run_more(rank, ranks, folder):
     _drawn()
     _wrapped(rank, ranks)
     _narrow(rank, ranks)
+    _averaged(rank)
+
+
+def _averaged(rank):
+    """Over the ranks of a table's mesh gradients stay; over ranks with meshes of their own: means."""
+    x = torch.linspace(-1, 1, 24).view(3, 8)
+    for form in FORMS:
+        model = sharded(form, torch.float32, "columns", (2,), rank)
+        loss(model, x * (rank + 1)).backward()
+        before = dense_grad(model).clone()
+        pkm.distributed.average_gradients(model[1].values)
+        assert torch.equal(dense_grad(model), before)
+
+        mesh = make_mesh((2, 1))
+        model = shard_memory(make_model(form), mesh["inner"], "columns")
+        loss(model, x * (rank + 1)).backward()
+        pkm.distributed.average_gradients(model[1].values, mesh["outer"].get_group())
+        alone = make_model(form)
+        (loss(alone, x) / 2 + loss(alone, x * 2) / 2).backward()
+        torch.testing.assert_close(dense_grad(model), dense_grad(alone))
+
+
+def dense_grad(model):
+    """What this rank has of the table's gradient, dense."""
+    grad = model[1].values.grad
+    return (grad.to_local() if hasattr(grad, "to_local") else grad).to_dense()
 
 
 def _compiled(rank, ranks):

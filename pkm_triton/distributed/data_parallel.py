@@ -13,8 +13,9 @@ from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from pkm_triton.gradients import FactoredGradient
+from pkm_triton.gradients import FactoredGradient, local
 from pkm_triton.memory import _KeyValueMemory
+from pkm_triton.sharded_gradient import ShardedGradient
 
 from .gathering import Group, mean_factored, mean_sparse
 
@@ -117,25 +118,60 @@ def average_sparse_values(
 def average_gradients(parameters: Tensor | Iterable[Tensor], group: Group = None) -> None:
     """Average the gradients of parameters over all ranks, in place; for loops without a wrapper.
 
-    Dense gradients are all-reduced; of sparse and factored ones what was read is exchanged.
+    Dense gradients are all-reduced; of sparse and factored ones what was read is exchanged. Those
+    of `shard_memory` and other DTensors are means over the ranks of their mesh already: over these
+    they stay as they are, and over ranks of which each has a mesh of its own shards are averaged.
 
     Args:
         parameters: those of a model; the same on all ranks, in the same order, each with the same
             kind of gradient or, on all ranks, none.
         group: the process group; None: the default.
+
+    Raises:
+        ValueError: if the group is neither, of a DTensor's mesh.
     """
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    for parameter in parameters:
+        _is_averaged(parameter, group)
     reduced = []
-    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
-        grad = parameter.grad
-        if isinstance(grad, FactoredGradient):
-            _average(parameter, "factored", group)
-        elif grad is not None and grad.is_sparse:
-            _average(parameter, True, group)
-        elif grad is not None:
+    for parameter in parameters:
+        whole = parameter.grad
+        if whole is None or _is_averaged(parameter, group):
+            continue
+        grad = local(whole)
+        if not (isinstance(grad, FactoredGradient) or grad.is_sparse):
             reduced.append((grad, distributed.all_reduce(grad, group=group, async_op=True)))
+        elif isinstance(whole, ShardedGradient):
+            whole.shard = _mean(grad, local(parameter), group)
+        else:
+            parameter.grad = _mean(grad, parameter, group)
     for grad, work in reduced:
         work.wait()
         grad /= distributed.get_world_size(group)
+
+
+def _is_averaged(parameter: Tensor, group: Group) -> bool:
+    """Whether the gradient is the mean over the group already: that of a DTensor over its mesh."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return False
+    ours = set(distributed.get_process_group_ranks(group))
+    theirs = set(mesh.mesh.flatten().tolist())
+    if ours <= theirs:
+        return True
+    if len(ours & theirs) == 1:
+        return False
+    raise ValueError(
+        f"group has the ranks {sorted(ours)}, but a parameter lies over {sorted(theirs)}: all of "
+        "the group's must be among those, or this rank alone"
+    )
+
+
+@torch.no_grad()
+def _mean(grad: Tensor, table: Tensor, group: Group) -> Tensor:
+    """The mean of a gradient that is not dense."""
+    mean = mean_factored if isinstance(grad, FactoredGradient) else mean_sparse
+    return mean(grad, table, group)  # pyright: ignore[reportArgumentType]
 
 
 @torch.no_grad()

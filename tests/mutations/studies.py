@@ -66,4 +66,47 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     ("perf/studies/tuning.py", "    model.train(training)\n", "", [POPULARITY]),
     # Figures and tables of the curves.
     ("perf/studies/curves.py", "if trial.num_subkeys == smallest", "if False", [STUDIES]),
+    # Gradients of sharded tables.
+    (
+        "pkm_triton/distributed/data_parallel.py",
+        "    if ours <= theirs:\n        return True\n",
+        "",
+        ["tests/distributed/test_sharded.py -k compiled"],
+    ),
+    (
+        "pkm_triton/distributed/data_parallel.py",
+        "whole.shard = _mean(grad, local(parameter), group)",
+        "whole.shard = grad",
+        ["tests/distributed/test_sharded.py -k compiled"],
+    ),
+    (
+        "pkm_triton/distributed/sharding.py",
+        "group, 1 / self.ranks)",
+        "group, 1.0)",
+        ["tests/distributed/test_sharded.py -k 'compiled or two'"],
+    ),
+    (
+        "pkm_triton/distributed/sharding.py",
+        "group, wire, float(self.ranks))",
+        "group, wire)",
+        ["tests/distributed/test_sharded.py -k two"],
+    ),
+    (
+        "pkm_triton/distributed/sharding.py",
+        "return local.clamp(0, high - low - 1), weights * owned",
+        "return local.clamp(0, high - low - 1), weights",
+        ["tests/distributed/test_sharded.py -k two"],
+    ),
+    (
+        "pkm_triton/distributed/sharding.py",
+        "generator.manual_seed(first_seed + start)",
+        "generator.manual_seed(first_seed + start - low)",
+        ["tests/distributed/test_sharded.py -k compiled"],
+    ),
+    (
+        "pkm_triton/sharded_gradient.py",
+        "            norms = torch.cat(parts)",
+        "            norms = parts[0]",
+        ["tests/distributed/test_sharded.py -k two"],
+    ),
 ]
