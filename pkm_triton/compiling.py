@@ -30,8 +30,9 @@ def warm_up(
 
     Nothing is run and nothing is changed: launches are worked out from sizes and dtypes, and
     compiled several at once. Without it each kernel is compiled when it is first launched, one
-    after the other. Call it under the `torch.autocast` that the passes run under. Where the
-    reference runs (on a CPU), and for float64, there is nothing to compile.
+    after the other. Call it under the `torch.autocast` that the passes run under, while no other
+    thread launches kernels. Where the reference runs (on a CPU), and for float64, there is nothing
+    to compile. Values of `shard_memory` are left out: ranks gather from parts of them.
 
     Args:
         module: a memory layer, or a model with some; on its device.
@@ -86,7 +87,7 @@ def _warm_up_on(
 
 
 def _runs_kernels(layer: Memory) -> bool:
-    if not isinstance(implementation(layer.values), OnDevice):
+    if not isinstance(implementation(getattr(layer, layer.keys_name)), OnDevice):
         return False
     from triton import knobs
 
@@ -104,7 +105,8 @@ def launches_of(
     with as_if(chip_of(layers[0].values.device)), recorded_launches() as launches:
         for layer in layers:
             _Passes(kernels, layer, tokens).run()
-            for table in layer.tables:
+            whole = [table for table in layer.tables if not hasattr(table, "to_local")]
+            for table in whole:
                 if layer.training and isinstance(optimizer, RowOptimizer):
                     _step(kernels, layer, table, tokens, optimizer)
     return launches
@@ -119,8 +121,8 @@ class _Passes:
         self._slots = torch.empty(self._reads, dtype=torch.int32, device="meta")
         self._weights = torch.empty(self._reads, device="meta")
         # Dtypes are asked for, of the real modules and under whatever autocast is in force.
-        x = layer.values.new_empty(2, layer.dim, dtype=_input_dtype(layer))
         keys = getattr(layer, layer.keys_name)
+        x = keys.new_empty(2, layer.dim, dtype=_input_dtype(layer))
         with torch.no_grad():
             query = copy.deepcopy(layer.query_net).eval()(x.zero_())
             some_keys = keys[..., :1, :]
@@ -135,17 +137,22 @@ class _Passes:
         product = isinstance(layer, ProductKeyMemory)
         name = "product_key_topk" if product else "flat_key_topk"
         getattr(run, name)(self._query, self._keys, layer.top_k)
+        if layer.training:
+            scores = self._weights.view(self._tokens, layer.heads, layer.top_k)
+            slots = self._slots.view(scores.shape)
+            getattr(run, f"{name}_backward")(scores, self._query, self._keys, slots)
+        if not hasattr(layer.values, "to_local"):
+            self._run_on_tables()
+
+    def _run_on_tables(self) -> None:
+        layer, run = self._layer, self._functions
         if isinstance(layer, ProductKeyExperts):
             run.sample_values(_meta(layer.inputs), self._slots, self._x)
         out = run.gather_values(_meta(layer.values), self._slots, self._weights)
-        if not layer.training:
-            return
-        grad_scores = self._weights.view(self._tokens, layer.heads, layer.top_k)
-        slots = self._slots.view(grad_scores.shape)
-        getattr(run, f"{name}_backward")(grad_scores, self._query, self._keys, slots)
-        self._gather_backward(out)
-        if isinstance(layer, ProductKeyExperts):
-            self._sample_backward(layer.inputs)
+        if layer.training:
+            self._gather_backward(out)
+            if isinstance(layer, ProductKeyExperts):
+                self._sample_backward(layer.inputs)
 
     def _gather_backward(self, grad: Tensor) -> None:
         layer, run = self._layer, self._functions
