@@ -117,19 +117,25 @@ def _on_gpu(run: Callable[[Setting], Outcome]) -> Callable[[Setting], Outcome]:
     return run_or_skip
 
 
+def _captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A call as a graph, after three on another stream as torch asks for, and its result."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    return graph, out
+
+
 @_on_gpu
 def _graph_of_inference(setting: Setting) -> Outcome:
     layer, x = memory(setting).eval(), _input(setting)
     with torch.no_grad():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                layer(x)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = layer(x)
+        graph, out = _captured(lambda: layer(x))
         other = _input(setting, seed=41)
         x.copy_(other)
         graph.replay()
@@ -157,15 +163,7 @@ def _graph_of_training(setting: Setting) -> Outcome:
 
     x = _input(setting)
     captured, step = make()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(x)
+    graph, _ = _captured(lambda: step(x))
     eager, eager_step = make()
     for _ in range(3):
         eager_step(x)
