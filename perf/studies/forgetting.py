@@ -54,7 +54,11 @@ def report(results: Results, preset: Preset, base: Trial) -> Report:
 
 def _words(trial: Trial) -> str:
     kind, size = trial.tuned_by
-    words = {"all": "all", "adapter": f"adapters of rank {size}", "slots": f"{size:,} slots"}
+    words = {
+        "all": "all weights",
+        "adapter": f"adapters of rank {size}",
+        "slots": f"{size:,} slots",
+    }
     return words[kind]
 
 
