@@ -165,7 +165,7 @@ def run_more(rank, ranks, folder):
 
 
 def _averaged(rank):
-    """Over the ranks of a table's mesh gradients stay; over ranks with meshes of their own: means."""
+    """Gradients stay over the ranks of a table's mesh; over ranks of other meshes: means."""
     x = torch.linspace(-1, 1, 24).view(3, 8)
     for form in FORMS:
         model = sharded(form, torch.float32, "columns", (2,), rank)

@@ -26,8 +26,8 @@ MUTATIONS = {
     ),
     "evaluation planned with a backward pass": Mutation(
         "pkm_triton/compiling.py",
-        "if not layer.training:",
-        "if layer.training is None:",
+        "        if layer.training:\n            scores",
+        "        if True:\n            scores",
         f"{WARM_UP} -k no_backward_pass",
     ),
     "shared memory of loads ahead not counted": Mutation(
