@@ -3,7 +3,7 @@
 `data_parallel` wraps a model in `DistributedDataParallel` whose sparse and factored gradients are
 averaged without ever being dense; `ignore_sparse_values` and `average_sparse_values` are its parts,
 for where something else does the wrapping; `average_gradients` is for loops without it.
-`shard_memory` spreads tables that outgrow one device.
+`shard_memory` spreads tables that outgrow one device, and `traffic` says what that sends.
 """
 
 from .data_parallel import (
@@ -13,12 +13,16 @@ from .data_parallel import (
     ignore_sparse_values,
 )
 from .shard_memory import shard_memory, sharded_values
+from .traffic import Collective, Traffic, traffic
 
 __all__ = [
+    "Collective",
+    "Traffic",
     "average_gradients",
     "average_sparse_values",
     "data_parallel",
     "ignore_sparse_values",
     "shard_memory",
     "sharded_values",
+    "traffic",
 ]

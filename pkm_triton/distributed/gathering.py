@@ -37,13 +37,13 @@ def _gather(x: Tensor, counts: list[int], group: Group) -> list[Tensor]:
 def mean_sparse(grad: Tensor | None, table: Tensor, group: Group = None) -> Tensor:
     """The mean of all ranks' sparse gradients of a table [K, d_v], coalesced; None is zero."""
     if grad is None:
-        rows, grad_rows = _nothing(table, torch.int64)[:, 0], _nothing(table)
+        rows, grad_rows = _nothing(table, torch.int32)[:, 0], _nothing(table)
     else:
         rows, grad_rows = rows_and_values(grad)
     counts = [size for (size,) in sizes_of_all([rows.shape[0]], table.device, group)]
     total = sum(counts)
     if total > 0:
-        slots = torch.cat(_gather(rows, counts, group)).to(torch.int32).view(total, 1)
+        slots = torch.cat(_gather(rows.to(torch.int32), counts, group)).view(total, 1)
         grads = torch.cat(_gather(grad_rows, counts, group))
         weights = torch.full((total, 1), 1 / len(counts), dtype=_wide(table), device=table.device)
         # Rows that several ranks have read are summed in the ranks' order.

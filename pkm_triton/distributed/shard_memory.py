@@ -1,23 +1,21 @@
 """Memories whose table is spread over ranks."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import distribute_tensor
 
-from pkm_triton._checks import check_choice
 from pkm_triton._layer_checks import check_module
 from pkm_triton._optimizer_options import check_flag
 from pkm_triton.experts import ProductKeyExperts
 from pkm_triton.memory import _KeyValueMemory
 
 from .agreement import agreed
+from .layouts import Layout, check_layouts, check_parts
 from .replicas import replicate
-from .sharding import Sharding, bounds
-
-Layout = Literal["columns", "rows", "replicate"]
+from .sharding import Sharding
 
 
 def shard_memory(
@@ -94,7 +92,7 @@ def shard_memory(
         check_module("model", model)
         check_flag("equal_tokens", equal_tokens)
         check_flag("narrow_weights", narrow_weights)
-        layouts = _layouts(layout, mesh)
+        layouts = check_layouts(layout, mesh.ndim)
         tables = _described(model, layouts, mesh)
         return layouts, tuple(mesh.shape), equal_tokens, narrow_weights, tables
 
@@ -127,21 +125,6 @@ def _memories(model: nn.Module) -> dict[str, _KeyValueMemory]:
     return {n: m for n, m in model.named_modules() if isinstance(m, _KeyValueMemory)}
 
 
-def _layouts(layout: Any, mesh: DeviceMesh) -> tuple[str, ...]:
-    layouts = (layout,) if isinstance(layout, str) else tuple(layout)
-    for each in layouts:
-        check_choice("layout", each, get_args(Layout))
-    if len(layouts) != mesh.ndim:
-        raise ValueError(f"layout is {layout!r}, but mesh has {mesh.ndim} dimensions")
-    if len(layouts) == 2 and set(layouts) != {"rows", "columns"}:
-        raise ValueError(
-            f"layout is {layout!r}, but over two dimensions must be 'rows' and 'columns' in some "
-            "order; to replicate shards, pass one dimension of the mesh, and average_gradients "
-            "over the other"
-        )
-    return layouts
-
-
 def _described(model: nn.Module, layouts: tuple[str, ...], mesh: DeviceMesh) -> list[Any]:
     """What must be the same on all ranks; refuses what cannot be sharded."""
     memories = _memories(model)
@@ -160,18 +143,8 @@ def _described(model: nn.Module, layouts: tuple[str, ...], mesh: DeviceMesh) -> 
                 )
             if layer.tuned is not None:
                 raise ValueError(f"memory {name!r} trains some slots alone: merge_slots first")
-            for each, size in zip(layouts, mesh.shape, strict=True):
-                _check_parts(name, each, values.shape[0 if each == "rows" else 1], size)
+            check_parts(name, values.shape, layouts, mesh.shape)
         index = seen.setdefault(id(values), len(seen))
         form = layer.sparse_grad, values.requires_grad, values.is_meta
         tables.append((name, index, tuple(values.shape), str(values.dtype), *form))
     return tables
-
-
-def _check_parts(name: str, layout: str, size: int, ranks: int) -> None:
-    for rank, (start, stop) in enumerate(bounds(size, ranks)):
-        if start == stop:
-            raise ValueError(
-                f"memory {name!r} has {size} {layout}, which over {ranks} ranks leave rank {rank} "
-                "none"
-            )

@@ -16,15 +16,10 @@ from pkm_triton.sharded_gradient import LocalShard
 
 from .agreement import tokens_of_all
 from .collectives import exchange, gather_tokens
+from .layouts import cut
 
 # Initial values are drawn in blocks of about so many elements, each by a seed of its own.
 BLOCK_ELEMENTS = 1 << 20
-
-
-def bounds(size: int, parts: int) -> list[tuple[int, int]]:
-    """Where each of `parts` begins and ends, as DTensor's Shard cuts a dimension."""
-    step = -(-size // parts)
-    return [(min(size, i * step), min(size, i * step + step)) for i in range(parts)]
 
 
 class Sharding:
@@ -50,16 +45,8 @@ class Sharding:
         self.equal_tokens, self.narrow_weights = equal_tokens, narrow_weights
         self.placements = tuple(Shard(0 if each == "rows" else 1) for each in layout)
         self.flat = mesh if mesh.ndim == 1 else mesh._flatten()
-        sizes = dict(zip(layout, mesh.shape, strict=True))
-        self.rows = bounds(shape[0], sizes.get("rows", 1))
-        self.columns = bounds(shape[1], sizes.get("columns", 1))
-        # Ranks of the flat mesh run over the last dimension first.
-        rows_first = layout[0] == "rows"
-        grid = [(i, j) for i in range(len(self.rows)) for j in range(len(self.columns))]
-        if not rows_first:
-            grid = [(i, j) for j in range(len(self.columns)) for i in range(len(self.rows))]
-        self.parts = grid
-        self.row_part, self.column_part = grid[self.flat.get_local_rank()]
+        self.rows, self.columns, self.parts = cut(shape, layout, mesh.shape)
+        self.row_part, self.column_part = self.parts[self.flat.get_local_rank()]
 
     def __deepcopy__(self, memo: Any) -> "Sharding":
         """Itself: it never changes, and process groups have no copies."""
