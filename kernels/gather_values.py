@@ -1,7 +1,7 @@
 """Gather of values: the weighted sum of the table rows each token reads (paper equation 3).
 
 Shapes: T tokens, R = H · k reads a token, K slots.
-    values [K, d_v]; slots [T, R] int32; weights [T, R]; out [T, d_v]
+    values [K, d_v]; slots [T, R] int32; weights [T, R]; gate, out [T, d_v]
 """
 
 from collections.abc import Callable
@@ -19,9 +19,11 @@ def gather_values_kernel(
     values_ptr,  # [K, D_V]
     slots_ptr,  # [T, R]
     weights_ptr,  # [T, R]
+    gate_ptr,  # [T, D_V], read if GATED
     out_ptr,  # [T, D_V]
     num_slots,
     R: tl.constexpr, D_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+    GATED: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_V columns of one token's output, and has BLOCK_R reads in flight."""
     token = tl.program_id(0).to(tl.int64)
@@ -38,7 +40,14 @@ def gather_values_kernel(
         mask = (inside & (read < R))[:, None] & (column < D_V)[None, :]
         rows = tl.load(values_ptr + place, mask=mask, other=0.0).to(tl.float32)
         out += tl.sum(rows * weight[:, None], 0)
-    tl.store(out_ptr + token * D_V + column, out.to(out_ptr.dtype.element_ty), mask=column < D_V)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    if GATED:
+        gate = tl.load(gate_ptr + token * D_V + column, mask=column < D_V, other=0.0)
+        gate = gate.to(tl.float32)
+        # Rounded where the two operations, done one after the other, round.
+        silu = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+        out = out.to(dtype).to(tl.float32) * silu
+    tl.store(out_ptr + token * D_V + column, out.to(dtype), mask=column < D_V)
 
 
 # Reads in flight and columns of a program, and its warps: for few tokens, whose columns must
@@ -57,7 +66,11 @@ def choose_shape(num_tokens: int, reads: int, width: int) -> dict[str, int]:
 
 
 def gather_values(
-    values: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype | None = None
+    values: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """out[t] = sum over r of weights[t, r] · values[slots[t, r]], accumulated in float32.
 
@@ -66,6 +79,7 @@ def gather_values(
         slots: [T, R], int32. One outside [0, K) reads nothing and makes its token's output NaN.
         weights: [T, R].
         dtype: of the result; by default that of `values`.
+        gate: [T, d_v], in the dtype of the result, which is multiplied by silu(gate).
 
     Returns:
         [T, d_v].
@@ -77,14 +91,19 @@ def gather_values(
         return out
     shape = choose_shape(num_tokens, reads, width)
     gather_values_kernel[grid(num_tokens, triton.cdiv(width, shape["BLOCK_V"]))](
-        values, slots, weights, out, num_slots, R=reads, D_V=width, num_stages=1,
-        enable_fp_fusion=True, **shape,
+        values, slots, weights, out if gate is None else gate, out, num_slots, R=reads, D_V=width,
+        GATED=gate is not None, num_stages=1, enable_fp_fusion=True, **shape,
     )  # fmt: skip
     return out
 
 
 def gather_values_bytes(
-    num_tokens: int, reads: int, width: int, values_bytes: int, weights_bytes: int
+    num_tokens: int,
+    reads: int,
+    width: int,
+    values_bytes: int,
+    weights_bytes: int,
+    gated: bool = False,
 ) -> int:
     """What `gather_values` reads and writes, each read of a row counted."""
     columns = triton.cdiv(width, choose_shape(num_tokens, reads, width)["BLOCK_V"])
@@ -92,22 +111,26 @@ def gather_values_bytes(
     return (
         rows
         + columns * num_tokens * reads * (4 + weights_bytes)
-        + num_tokens * width * values_bytes
+        + (2 if gated else 1) * num_tokens * width * values_bytes
     )
 
 
 def shipped_configurations() -> dict[str, Callable[[], object]]:
     """A call that launches each configuration, by name; for reports, on tensors without data."""
 
-    def call(num_tokens: int, dtype: torch.dtype, width: int) -> Callable[[], object]:
+    def call(
+        num_tokens: int, dtype: torch.dtype, width: int, gated: bool = False
+    ) -> Callable[[], object]:
         values = torch.empty(1 << 18, width, dtype=dtype, device="meta")
         slots = torch.empty(num_tokens, 128, dtype=torch.int32, device="meta")
         weights = torch.empty(num_tokens, 128, device="meta")
-        return lambda: gather_values(values, slots, weights)
+        gate = values[:num_tokens] if gated else None
+        return lambda: gather_values(values, slots, weights, gate=gate)
 
     return {
         "gather few bfloat16 1024": call(1, torch.bfloat16, 1024),
         "gather many bfloat16 1024": call(4096, torch.bfloat16, 1024),
+        "gather gated many bfloat16 1024": call(4096, torch.bfloat16, 1024, True),
         "gather many float32 1024": call(4096, torch.float32, 1024),
         "gather many bfloat16 100": call(4096, torch.bfloat16, 100),
     }

@@ -149,6 +149,9 @@ class _Passes:
         if isinstance(layer, ProductKeyExperts):
             run.sample_values(_meta(layer.inputs), self._slots, self._x)
         out = run.gather_values(_meta(layer.values), self._slots, self._weights)
+        gated = layer.output is not None and layer.output.gate_proj is not None
+        if gated and not layer.training and self._x.dtype == out.dtype:
+            run.gather_values(_meta(layer.values), self._slots, self._weights, gate=out)
         if layer.training:
             self._gather_backward(out)
             if isinstance(layer, ProductKeyExperts):

@@ -3,6 +3,7 @@
 import math
 from typing import Any, Literal, get_args
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import check_choice
@@ -66,7 +67,14 @@ class ProductKeyExperts(ProductKeyMemory):
         scores, slots = self._topk(query)
         return (scores.softmax(-1) if self.gate == "softmax" else scores.relu()), slots
 
-    def _read(self, x: Tensor, mask: Tensor | None, slots: Tensor, weights: Tensor) -> Tensor:
+    def _read(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        slots: Tensor,
+        weights: Tensor,
+        gate: Tensor | None = None,
+    ) -> Tensor:
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)
         inputs, values = self.inputs, self.values
@@ -75,7 +83,8 @@ class ProductKeyExperts(ProductKeyMemory):
         flat = [each.reshape(rows, slots.shape[-1]) for each in (slots, weights, products)]
         form = self._form(values)
         out = gather_experts(values, flat[0], flat[1], flat[2], self.activation, form)
-        return out.view(*slots.shape[:-1], self.value_dim)
+        out = out.view(*slots.shape[:-1], self.value_dim)
+        return out if gate is None else out * F.silu(gate)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that make a layer of this kind and these sizes, as plain data."""

@@ -1,9 +1,9 @@
 """What follows a memory in Memory+ (Berges et al. 2024, "Memory Layers at Scale")."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 Output = Literal["gated", "linear"] | None
@@ -48,14 +48,22 @@ class MemoryOutput(nn.Module):
                 map.reset_parameters()
                 nn.init.normal_(map.weight, std=self.value_proj.out_features**-0.5)
 
-    def forward(self, memory: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The output [..., dim] of sums memory [..., value_dim] and tokens x [..., dim].
+    def forward(
+        self, read: Callable[[Tensor | None], Tensor], x: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """The output [..., dim] of tokens x [..., dim].
 
         It is zero where mask [...] is False, whatever x holds there.
+
+        Args:
+            read: of W_s x, or of None where there is no W_s, the sums [..., value_dim]; those
+                times silu(W_s x), which a kernel may make in one.
+            x: [..., dim].
+            mask: [...], bool.
         """
         padding = None if mask is None else ~mask.unsqueeze(-1)
+        gate = None
         if self.gate_proj is not None:
             gate = self.gate_proj(x if padding is None else x.masked_fill(padding, 0))
-            memory = memory * F.silu(gate)
-        out = self.value_proj(memory)
+        out = self.value_proj(read(gate))
         return out if padding is None else out.masked_fill(padding, 0)

@@ -1,10 +1,12 @@
 """The memory layers: product keys (paper 3) and the flat keys they are compared with."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import (
@@ -22,7 +24,7 @@ from ._padding import real_tokens
 from .batch_norm import recomputing
 from .gated_output import MemoryOutput, Output
 from .norms import LengthNorm, ScaledNorm
-from .ops import flat_key_topk, gather_values, product_key_topk
+from .ops import flat_key_topk, gather_gated_values, gather_values, product_key_topk
 from .query import QueryNetwork, QueryNorm
 from .slot_tuning import TunedSlots
 from .usage import MemoryUsage
@@ -198,17 +200,32 @@ class _KeyValueMemory(HostedModule, ABC):
         if self.usages and not recomputing():
             for usage in self.usages:
                 usage.add(slots, weights)
-        out = self._read(x, mask, slots.flatten(-2), weights.flatten(-2))
-        return out if self.output is None else self.output(out, x, mask)
+        read = functools.partial(self._read, x, mask, slots.flatten(-2), weights.flatten(-2))
+        return read() if self.output is None else self.output(read, x, mask)
 
-    def _read(self, x: Tensor, mask: Tensor | None, slots: Tensor, weights: Tensor) -> Tensor:
-        """The sums [..., value_dim] of what tokens x read: slots and weights [..., R]."""
-        if self.tuned is not None:
-            return self.tuned(self.values, slots, weights)
-        if self.sharding is not None:
-            return self.sharding.gather(self.values, slots, weights, self.sparse_grad)
+    def _read(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        slots: Tensor,
+        weights: Tensor,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """The sums [..., value_dim] of what tokens x read: slots and weights [..., R].
+
+        Times silu(gate), if there is a gate [..., value_dim].
+        """
         values = self.values
-        return gather_values(values, slots, weights, sparse_grad=self._form(values))
+        if self.tuned is None and self.sharding is None:
+            form = self._form(values)
+            if gate is None:
+                return gather_values(values, slots, weights, sparse_grad=form)
+            return gather_gated_values(values, slots, weights, gate, form)
+        if self.tuned is not None:
+            out = self.tuned(values, slots, weights)
+        else:
+            out = self.sharding.gather(values, slots, weights, self.sparse_grad)
+        return out if gate is None else out * F.silu(gate)
 
     def _form(self, table: Tensor) -> SparseGrad:
         """The form of a table's gradient.

@@ -1,7 +1,7 @@
 """Gather of values: the weighted sum of the table rows each token reads (paper equation 3).
 
 Shapes: T tokens, R = H · k reads a token, K slots.
-    values [K, d_v]; slots [T, R] int32; weights [T, R]; out [T, d_v]
+    values [K, d_v]; slots [T, R] int32; weights [T, R]; gate, out [T, d_v]
 """
 
 import torch
@@ -20,7 +20,11 @@ def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def gather_values(
-    values: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype | None = None
+    values: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """out[t] = sum over r of weights[t, r] · values[slots[t, r]], accumulated in float32.
 
@@ -29,11 +33,14 @@ def gather_values(
         slots: [T, R], int32, each in [0, K).
         weights: [T, R], any floating dtype.
         dtype: of the result; by default that of `values`.
+        gate: [T, d_v], in the dtype of the result, which is multiplied by silu(gate).
 
     Returns:
         [T, d_v]. No [T, R, d_v] is formed.
     """
     dtype = dtype or values.dtype
+    if gate is not None:
+        return gather_values(values, slots, weights, dtype) * F.silu(gate)
     if values.dtype == weights.dtype == dtype:
         return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
     if values.dtype in (torch.float32, torch.float64):

@@ -5,10 +5,11 @@ operator of torch.library that runs either backend (`lookup_operators`, `table_o
 """
 
 from .lookups import flat_key_topk, product_key_topk
-from .tables import gather_values, sample_values, scatter_values
+from .tables import gather_gated_values, gather_values, sample_values, scatter_values
 
 __all__ = [
     "flat_key_topk",
+    "gather_gated_values",
     "gather_values",
     "product_key_topk",
     "sample_values",

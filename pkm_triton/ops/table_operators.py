@@ -14,27 +14,38 @@ from pkm_triton._checks import check_slot_range, int32_slots
 from .registry import register
 
 
-def run_gather_values(values: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+def run_gather_values(
+    values: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype,
+    gate: Tensor | None = None,
+) -> Tensor:
     """The gather, by the backend in force; a slot on the CPU that is out of range raises."""
     if slots.numel() == 0 or values.shape[1] == 0:
         check_slot_range(slots, values.shape[0])
         return values.new_zeros(slots.shape[0], values.shape[1], dtype=dtype)
     twin = implementation(values, weights)
+    gate = None if gate is None else gate.contiguous()
     if twin is reference and slots.is_cpu and slots.dtype == torch.int32:
         # torch looks at every slot as it reads, so that a pass of our own is not needed.
         try:
             return twin.gather_values(
-                values.contiguous(), slots.contiguous(), weights.contiguous(), dtype
+                values.contiguous(), slots.contiguous(), weights.contiguous(), dtype, gate
             )
         except (RuntimeError, IndexError):
             check_slot_range(slots, values.shape[0])
             raise
     slots = int32_slots(slots, values.shape[0])
-    return twin.gather_values(values.contiguous(), slots, weights.contiguous(), dtype)
+    return twin.gather_values(values.contiguous(), slots, weights.contiguous(), dtype, gate)
 
 
 def fake_gather_values(
-    values: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype
+    values: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """The shape of the gather."""
     return values.new_empty(slots.shape[0], values.shape[1], dtype=dtype)
@@ -161,7 +172,8 @@ def _fake_gather_values_backward_sparse(
 
 
 gather_values = register(
-    "gather_values(Tensor values, Tensor slots, Tensor weights, ScalarType dtype) -> Tensor",
+    "gather_values(Tensor values, Tensor slots, Tensor weights, ScalarType dtype,"
+    " Tensor? gate=None) -> Tensor",
     run_gather_values,
     fake_gather_values,
 )

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pkm_triton._checks import (
@@ -16,7 +17,8 @@ from pkm_triton._checks import (
 )
 from pkm_triton.gradients import FactoredGradient
 
-from .modes import recorded
+from . import table_operators
+from .modes import recorded, transformed
 from .table_functions import gather, sample, scatter, scatter_sparse
 
 
@@ -61,6 +63,24 @@ def gather_values(
     if slots.ndim == 2:
         return op(values, slots, weights, values.dtype, sparse_grad)
     out = op(values, _rows(slots), _rows(weights), values.dtype, sparse_grad)
+    return out.view(*slots.shape[:-1], values.shape[1])
+
+
+def gather_gated_values(
+    values: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    gate: Tensor,
+    sparse_grad: SparseGrad = False,
+) -> Tensor:
+    """`gather_values` times silu(gate), gate [..., d_v]; without a gradient one kernel."""
+    separately = transformed() or recorded(values, weights, gate) or gate.dtype != values.dtype
+    if separately:
+        return gather_values(values, slots, weights, sparse_grad) * F.silu(gate)
+    check_gather_values(values, slots, weights)
+    out = table_operators.gather_values(
+        values, _rows(slots), _rows(weights), values.dtype, _rows(gate)
+    )
     return out.view(*slots.shape[:-1], values.shape[1])
 
 

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import gather
 from tolerance import assert_close_to_oracle
 
@@ -85,17 +86,35 @@ def test_tokens_of_a_batch_do_not_matter(device, guard):
     torch.testing.assert_close(torch.cat(parts), whole)
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the interpreter's
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[4]], ids=str)
+def test_times_silu_of_a_gate(case, device, guard):
+    """Rounded as the two operations one after the other."""
+    values, slots, weights = make(case, device)
+    gate = 4 * torch.randn(slots.shape[0], values.shape[1], device=device).to(values.dtype)
+    gate[:, 0] = -torch.inf
+    out = kernels.gather_values(values, slots, weights, gate=gate)
+    exact = gather(values, slots, weights) * F.silu(gate.double())
+    plain = gather_by_torch(values, slots, weights) * F.silu(gate)
+    assert out.dtype == values.dtype
+    finite = gate[0].isfinite()
+    assert_close_to_oracle(out[:, finite], exact[:, finite], plain[:, finite])
+    assert torch.equal(out.isnan(), plain.isnan())
+
+
 def test_nothing_to_gather(device):
     values, slots, weights = make((0, 5, 30, 33, FLOAT32, FLOAT32), device)
     assert kernels.gather_values(values, slots, weights).shape == (0, 33)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("num_tokens", [2, 40])
-def test_bytes_are_those_of_the_formula(num_tokens, guard):
+def test_bytes_are_those_of_the_formula(num_tokens, gated, guard):
     values, slots, weights = make((num_tokens, 24, 60, 200, BFLOAT16, FLOAT32), "cpu")
-    kernels.gather_values(values, slots, weights)
-    formula = gather_module.gather_values_bytes(num_tokens, 24, 200, 2, 4)
+    gate = torch.randn(num_tokens, 200).to(BFLOAT16) if gated else None
+    kernels.gather_values(values, slots, weights, gate=gate)
+    formula = gather_module.gather_values_bytes(num_tokens, 24, 200, 2, 4, gated)
     assert guard.bytes["gather_values_kernel"] == pytest.approx(formula, rel=0.05)
 
 

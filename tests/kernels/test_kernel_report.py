@@ -55,9 +55,10 @@ def check(rows, limits):
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
-def test_gather(tmp_path, architecture):
-    rows = compile_rows(tmp_path, architecture, "gather many bfloat16 1024")
-    check(rows, LIMITS["gather many bfloat16 1024"])
+@pytest.mark.parametrize("name", ["gather many bfloat16 1024", "gather gated many bfloat16 1024"])
+def test_gather(tmp_path, name, architecture):
+    rows = compile_rows(tmp_path, architecture, name)
+    check(rows, LIMITS[name])
     # Offsets into the table are products in 64 bits; the one in 32 is of a program's columns.
     assert rows[0]["offsets"] == "2xi32+3xi64"
 

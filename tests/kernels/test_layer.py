@@ -30,6 +30,21 @@ def test_training_step_equals_the_reference(device, guard, kind, sparse_grad):
         torch.testing.assert_close(one, other, msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_with_a_gate_is_as_training(device, guard, dtype):
+    """In one kernel, where the gate is of the table's dtype."""
+    sizes = {"num_subkeys": 6, "heads": 2, "top_k": 3, "query_dim": 4, "query_norm": None}
+    layer = pkm.ProductKeyMemory(8, 5, **sizes, output="gated", device=device)
+    layer.values = torch.nn.Parameter(layer.values.data.to(dtype))
+    x = torch.randn(5, 8, device=device)
+    with pkm.use_backend("triton"):
+        recorded = layer(x)
+        with torch.no_grad():
+            out = layer(x)
+    assert out.dtype == recorded.dtype
+    torch.testing.assert_close(out, recorded)
+
+
 # The kernels are float32; but these functions are linear in each argument, so that a long step
 # costs no accuracy.
 @pytest.mark.filterwarnings("ignore:Input #:UserWarning")

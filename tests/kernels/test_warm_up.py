@@ -88,6 +88,15 @@ def test_plans_the_options_of_a_step(launched):
     assert launched <= planned
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks into the interpreter")
+def test_plans_the_gather_of_inference_that_takes_the_gate(launched):
+    layer = pkm.ProductKeyMemory(8, **SIZES, output="gated").eval()
+    planned = {compiled_for(*launch) for launch in launches_of([layer], TOKENS, None)}
+    with torch.no_grad():
+        layer(torch.randn(TOKENS, 8))
+    assert launched <= planned
+
+
 def test_plans_no_backward_pass_of_evaluation():
     layer = pkm.ProductKeyMemory(8, **SIZES)
     names = {

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, jvp
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import pkm_triton as pkm
@@ -16,6 +17,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWa
 
 SIZES = {"num_subkeys": 5, "heads": 2, "top_k": 3, "query_dim": 4, "query_norm": None}
 DOUBLE = torch.float64
+
+
+class Called(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def array(tensor):
@@ -38,6 +51,23 @@ def test_equals_the_papers_formula(output):
     y = m @ array(w_v.weight).T + array(w_v.bias)
     torch.testing.assert_close(layer(x), torch.from_numpy(y))
     assert layer(x.view(1, 7, 6)).shape == (1, 7, 6)
+
+
+@pytest.mark.parametrize("kind", [pkm.ProductKeyMemory, pkm.FlatKeyMemory, pkm.ProductKeyExperts])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_is_as_training(kind, dtype):
+    """Without a gradient one operator gathers and takes the gate; same bits on the reference."""
+    layer = kind(6, 3, **SIZES, output="gated", dtype=dtype).eval()
+    x = torch.randn(2, 7, 6).to(dtype)
+    mask = torch.tensor([[True] * 7, [True, False] * 3 + [True]])
+    recorded = layer(x, mask)
+    with torch.no_grad(), Called() as called:
+        assert torch.equal(layer(x, mask), recorded)
+    assert ("silu" in called.names) == (kind is pkm.ProductKeyExperts)
+    # What autocast makes of the gate need not be of the table's dtype.
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = layer.float()(x.float())
+    torch.testing.assert_close(found, layer(x.float()).to(found.dtype), atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize("kind", ["rms", "l2"])

@@ -146,10 +146,34 @@ MUTATIONS = {
         "tests/layers/test_experts.py -k forms_of_gradients",
     ),
     "a gate of the sum, not of the token": Mutation(
-        "pkm_triton/gated_output.py",
-        "memory = memory * F.silu(gate)",
-        "memory = F.silu(memory * gate)",
+        "pkm_triton/ops/tables.py",
+        "return gather_values(values, slots, weights, sparse_grad) * F.silu(gate)",
+        "return F.silu(gather_values(values, slots, weights, sparse_grad) * gate)",
         "tests/layers/test_memory_plus.py -k papers_formula",
+    ),
+    "a gate that is a hundredth too large": Mutation(
+        "kernels/gather_values.py",
+        "out = out.to(dtype).to(tl.float32) * silu",
+        "out = out.to(dtype).to(tl.float32) * silu * 1.01",
+        "tests/kernels/test_gather_kernel.py -k silu",
+    ),
+    "a gate of the first token": Mutation(
+        "kernels/gather_values.py",
+        "gate_ptr + token * D_V + column",
+        "gate_ptr + column",
+        "tests/kernels/test_gather_kernel.py -k silu",
+    ),
+    "experts that inference does not gate": Mutation(
+        "pkm_triton/experts.py",
+        "return out if gate is None else out * F.silu(gate)",
+        "return out",
+        "tests/layers/test_memory_plus.py -k inference",
+    ),
+    "a gate of another dtype in the gather": Mutation(
+        "pkm_triton/ops/tables.py",
+        " or gate.dtype != values.dtype",
+        "",
+        "tests/kernels/test_layer.py -k inference",
     ),
     "padding through the gate": Mutation(
         "pkm_triton/gated_output.py",

@@ -264,7 +264,9 @@ OPCHECK_INPUTS = {
 @pytest.mark.parametrize("form", OPCHECK_INPUTS)
 def test_opcheck(form):
     inputs = OPCHECK_INPUTS[form](*table(30, 8, 5, 6))
-    opcheck(torch.ops.pkm_triton.gather_values.default, (*inputs, torch.float32))
+    operator = torch.ops.pkm_triton.gather_values.default
+    opcheck(operator, (*inputs, torch.float32))
+    opcheck(operator, (*inputs, torch.float32, torch.randn(8, inputs[1].shape[0]).T))
 
 
 @pytest.mark.parametrize("form", OPCHECK_INPUTS)
