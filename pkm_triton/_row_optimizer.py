@@ -17,6 +17,7 @@ from torch._compile import _disable_dynamo
 from ._backend import implementation
 from ._checks import FLOATING_DTYPES, check_integer
 from ._optimizer_options import check_flag, check_rounding
+from ._row_states import RowStates
 from .gradients import (
     FactoredGradient,
     Reads,
@@ -238,6 +239,18 @@ class RowOptimizer(torch.optim.Optimizer):
             state["master"] = master.to(torch.float32).contiguous()
         return state
 
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Make the state of every parameter that trains, as its first step would.
+
+        For `torch.distributed.checkpoint.state_dict.get_state_dict` before a first step, which
+        otherwise makes states by a step with dense gradients of zeros, each as large as its table.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.requires_grad:
+                    self._state_of(param, group)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; states stay in float32, where torch would cast them.
 
@@ -246,48 +259,15 @@ class RowOptimizer(torch.optim.Optimizer):
                 shape than it must have.
             TypeError: if an option is of the wrong kind.
         """
-        loaded: dict[str, Any] = {}
-
-        def check(_: Any, hooked: dict[str, Any]) -> None:
-            loaded.update(hooked)
-            for group in hooked["param_groups"]:
-                self.check_options(self.defaults | group)
-            for param, index, state in self._by_parameter(hooked):
-                for name in (*self.state_names, "master"):
-                    shape = param.shape if name == "master" else self.state_shape(name, param)
-                    if name in state and state[name].shape != shape:
-                        raise ValueError(
-                            f"state_dict: {name!r} of parameter {index} has shape "
-                            f"{list(state[name].shape)}, but must have {list(shape)}"
-                        )
-
-        def keep_float32(_: Any) -> None:
-            for group in self.param_groups:  # torch's optimisers know fewer options
-                for name, value in self.defaults.items():
-                    group.setdefault(name, value)
-            for param, _index, state in self._by_parameter(loaded):
-                for name in (*self.state_names, "master"):
-                    if param.dtype in _HALF and name in state:
-                        self.state[param][name] = state[name].to(
-                            device=param.device, dtype=torch.float32, copy=True
-                        )
-
+        loading = RowStates(self)
         # After the user's hooks that may change what is loaded, and before those that look at it.
-        first = self.register_load_state_dict_pre_hook(check)
-        last = self.register_load_state_dict_post_hook(keep_float32, prepend=True)
+        first = self.register_load_state_dict_pre_hook(loading.take)
+        last = self.register_load_state_dict_post_hook(loading.put, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             first.remove()
             last.remove()
-
-    def _by_parameter(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, Any, dict[str, Any]]]:
-        """Parameters, their index and state in a dictionary of the same groups."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        known = dict(zip(ids, params, strict=False))
-        states = state_dict["state"].items()
-        return [(known[index], index, state) for index, state in states if index in known]
 
 
 def _check_parameter(param: Tensor) -> None:

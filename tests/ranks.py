@@ -1,7 +1,9 @@
 """Run a script as several ranks of a gloo process group on this machine."""
 
+import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 _START = """
@@ -26,8 +28,11 @@ def run_two_ranks(script: str, folder: Path) -> list[str]:
     return run_ranks(script, folder, 2)
 
 
-def run_ranks(script: str, folder: Path, count: int) -> list[str]:
-    """What each rank printed; the script knows its `rank`, `ranks`, `folder` and these tests."""
+def run_ranks(script: str, folder: Path, count: int, killed: Collection[int] = ()) -> list[str]:
+    """What each rank printed; the script knows its `rank`, `ranks`, `folder` and these tests.
+
+    `killed`: those that the script kills.
+    """
     tests = str(Path(__file__).parent)
     (folder / "store").unlink(missing_ok=True)  # of an earlier group
     ranks = [
@@ -48,6 +53,6 @@ def run_ranks(script: str, folder: Path, count: int) -> list[str]:
         for rank in range(count)
     ]
     printed = [rank.communicate(timeout=120) for rank in ranks]
-    for rank, (_, error) in zip(ranks, printed, strict=True):
-        assert rank.returncode == 0, error
+    for number, (rank, (_, error)) in enumerate(zip(ranks, printed, strict=True)):
+        assert rank.returncode == (-signal.SIGKILL if number in killed else 0), error
     return [out for out, _ in printed]

@@ -3,9 +3,11 @@
 `data_parallel` wraps a model in `DistributedDataParallel` whose sparse and factored gradients are
 averaged without ever being dense; `ignore_sparse_values` and `average_sparse_values` are its parts,
 for where something else does the wrapping; `average_gradients` is for loops without it.
-`shard_memory` spreads tables that outgrow one device, and `traffic` says what that sends.
+`shard_memory` spreads tables that outgrow one device, and `traffic` says what that sends;
+`new_checkpoint` and `latest_checkpoint` name folders for `torch.distributed.checkpoint`.
 """
 
+from .checkpoint_folders import latest_checkpoint, new_checkpoint
 from .data_parallel import (
     average_gradients,
     average_sparse_values,
@@ -22,6 +24,8 @@ __all__ = [
     "average_sparse_values",
     "data_parallel",
     "ignore_sparse_values",
+    "latest_checkpoint",
+    "new_checkpoint",
     "shard_memory",
     "sharded_values",
     "traffic",

@@ -128,12 +128,12 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     ),
     ("pkm_triton/_row_optimizer.py", "count, dtype=torch.float32,", "count,", [STATE]),
     (
-        "pkm_triton/_row_optimizer.py",
-        "            loaded.update(hooked)",
-        "            loaded.update(state_dict)",
+        "pkm_triton/_row_states.py",
+        "torch.promote_types(param.dtype, torch.float32)",
+        "param.dtype",
         [STATE],
     ),
-    ("pkm_triton/_row_optimizer.py", "(keep_float32, prepend=True)", "(keep_float32)", [STATE]),
+    ("pkm_triton/_row_optimizer.py", "(loading.put, prepend=True)", "(loading.put)", [STATE]),
     (
         "pkm_triton/_row_optimizer.py",
         "            if dense is not mine:\n                mine.copy_(dense)\n",
