@@ -12,6 +12,9 @@ Output = Literal["gated", "linear"] | None
 class MemoryOutput(nn.Module):
     """W_v(m · silu(W_s x)) of a memory's sum m and the token x, or W_v(m) alone.
 
+    For its backward pass autograd keeps, besides x, four rows [value_dim] a token if "gated", and
+    one if "linear"; under `torch.utils.checkpoint` a memory keeps x alone.
+
     Args:
         dim: width of a token and of the output.
         value_dim: width of a value.

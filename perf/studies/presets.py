@@ -26,7 +26,7 @@ class Preset:
         least_reads, most_reads: heads · k outside which a pair is left out.
         depths: of `depth`: by width, by layers, the most memories.
         depth_size: |C| of its memories.
-        depth_steps: how long its models are trained: until those without a memory profit from depth.
+        depth_steps: of its models: as many as let those without a memory profit from depth.
         depth_heads: how many times as many attention heads its models have.
         fact_sizes: |C| of `facts`.
         fact_ffns: hidden widths of the FFN that `facts` compares the memory with.

@@ -70,6 +70,30 @@ def test_inference_is_as_training(kind, dtype):
     torch.testing.assert_close(found, layer(x.float()).to(found.dtype), atol=0.1, rtol=0.1)
 
 
+def saved_bytes(layer, x, run):
+    """What autograd keeps for a backward pass, each storage once, without x and parameters."""
+    known = {p.data_ptr() for p in layer.parameters()} | {x.data_ptr()}
+    saved = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in known:
+            saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(x)
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize(("output", "rows"), [("gated", 4), ("linear", 1)])
+def test_saved_for_backward(output, rows):
+    """No more than without the option and a few rows a token; checkpointed nothing but x."""
+    x = torch.randn(50, 6, requires_grad=True)
+    plain, layer = (pkm.ProductKeyMemory(6, 3, **SIZES, output=each) for each in (None, output))
+    assert saved_bytes(layer, x, layer) <= saved_bytes(plain, x, plain) + rows * 50 * 3 * 4
+    assert saved_bytes(layer, x, lambda x: checkpoint(layer, x, use_reentrant=False)) == 0
+
+
 @pytest.mark.parametrize("kind", ["rms", "l2"])
 @pytest.mark.parametrize("layer_kind", [pkm.ProductKeyMemory, pkm.FlatKeyMemory])
 def test_normalised_queries_and_keys(layer_kind, kind):
