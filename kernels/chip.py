@@ -95,9 +95,9 @@ def _chip(index: int) -> Chip:
         architecture = properties.gcnArchName.split(":")[0]
     else:
         architecture = f"sm_{properties.major}{properties.minor}"
-    # torch does not say for AMD's, of which all have 64 KiB or more.
+    # Of AMD's torch does not say, or says 0; all have 64 KiB or more.
     known = CHIPS[architecture].shared if architecture in CHIPS else 64 << 10
-    shared = getattr(properties, "shared_memory_per_block_optin", known)
+    shared = getattr(properties, "shared_memory_per_block_optin", 0) or known
     return Chip(architecture, properties.multi_processor_count, shared)
 
 
@@ -109,6 +109,11 @@ def takes_float32(query: Tensor, keys: Tensor) -> bool:
 def float32_precision(device: torch.device) -> str:
     """How to multiply float32: as exactly as tensor cores can, three products for one."""
     return "tf32x3" if chip_of(device).nvidia else "ieee"
+
+
+def register_bound(device: torch.device, registers: int) -> dict[str, int]:
+    """The option that bounds a thread's registers; 0: none. AMD's compiler takes no such option."""
+    return {"maxnreg": registers} if registers and chip_of(device).nvidia else {}
 
 
 def load_stages(device: torch.device) -> int:

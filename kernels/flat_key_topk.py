@@ -51,7 +51,7 @@ def flat_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
             splits=plan.splits,
             slots=plan.slots,
             C=shape,
-            **options(shape, halves=1),
+            **options(shape, 1, query.device),
         )
     return scores, slots
 

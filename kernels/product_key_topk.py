@@ -72,7 +72,7 @@ def product_key_topk(query: Tensor, subkeys: Tensor, top_k: int) -> tuple[Tensor
             slots=plan.slots,
             sorted_at=plan.capacity if spare else 0,
             C=shape,
-            **options(shape, halves=2),
+            **options(shape, 2, query.device),
         )
     return scores, slots
 

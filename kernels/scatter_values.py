@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chip import register_bound
 from .grid import grid, second_axis
 from .reads.runs import LATER_PART, NO_PART, count_rows, deal_out, share_of, sum_parts
 from .sample_values import sample_values
@@ -174,8 +175,8 @@ def scatter(
         ordered, order, x, x if values is None else values, weights, ends, rows, row_sums, products,
         parts, marks, num_reads, num_slots, stretch,
         R=reads, D_V=width, BLOCK_V=block_v, BLOCK=64, COMPACT=compact,
-        NEEDS_PRODUCTS=values is not None, num_warps=warps, num_stages=1, maxnreg=128,
-        enable_fp_fusion=True,
+        NEEDS_PRODUCTS=values is not None, num_warps=warps, num_stages=1,
+        enable_fp_fusion=True, **register_bound(x.device, 128),
     )  # fmt: skip
     sum_parts(parts, marks, row_sums)
     if values is not None and column_blocks > 1:

@@ -1,12 +1,13 @@
 """How candidates are combined: the shape the kernels are compiled for, and the pairs of ranks."""
 
-import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from ..chip import register_bound
 from ..select.plan import Plan, power_of_two
 
 # The most of the best that are sorted in registers; more are found in turns.
@@ -43,14 +44,14 @@ def choose_combine_shape(plan: Plan, top_k: int) -> CombineShape:
     )
 
 
-def options(shape: CombineShape, halves: int) -> dict[str, int | bool]:
+def options(shape: CombineShape, halves: int, device: torch.device) -> dict[str, int | bool]:
     """The compiler's options, for programs of so many lists a token."""
     elements = halves * shape.rows * shape.splits * 2 * shape.top
     # One warp exchanges without memory; of several a thread has eight elements.
     warps = 1 if elements <= 512 else min(16, elements // 256)
     # Enough not to spill; with none given the compiler takes fewer and does.
-    registers = 96 if warps == 1 else 128
-    return {"num_warps": warps, "num_stages": 1, "maxnreg": registers, "enable_fp_fusion": True}
+    registers = register_bound(device, 96 if warps == 1 else 128)
+    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True, **registers}
 
 
 def rank_pairs(top_k: int, num_subkeys: int, device: torch.device) -> Tensor:
@@ -60,14 +61,39 @@ def rank_pairs(top_k: int, num_subkeys: int, device: torch.device) -> Tensor:
     both halves, so only those with a·b <= top_k matter. Where the best are found at once, not in
     turns, without those of a = 1 or b = 1, which need no table.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    key = (top_k, num_subkeys, device)
+    found = _kept.get(key)
+    if found is not None:
+        return found
+    if device.type != "cuda":
+        found = _make_rank_pairs(*key)
+    elif torch.cuda.is_current_stream_capturing():
         # Memory of a graph must not outlive it.
-        return _rank_pairs.__wrapped__(top_k, num_subkeys, device)
-    return _rank_pairs(top_k, num_subkeys, device)
+        return _make_rank_pairs(*key)
+    else:
+        # What a thread allocates while torch warms up for a graph is memory of that graph, too: a
+        # thread of its own has none such.
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.submit(_make_for_all_streams, *key).result()
+    _kept[key] = found
+    return found
 
 
-@functools.lru_cache(maxsize=64)
-def _rank_pairs(top_k: int, num_subkeys: int, device: torch.device) -> Tensor:
+# Kept for good: a stream may still read what was evicted.
+_kept: dict[tuple[int, int, torch.device], Tensor] = {}
+
+
+def _make_for_all_streams(top_k: int, num_subkeys: int, device: torch.device) -> Tensor:
+    """`rank_pairs`, waited for: one stream does not wait for what another makes."""
+    with torch.cuda.device(device):
+        pairs = _make_rank_pairs(top_k, num_subkeys, device)
+        made = torch.cuda.Event()
+        made.record()
+        made.synchronize()
+    return pairs
+
+
+def _make_rank_pairs(top_k: int, num_subkeys: int, device: torch.device) -> Tensor:
     skip = 0 if top_k > MOST_SORTED else 1
     per_half = min(top_k, num_subkeys)
     counts = [min(top_k // (a + 1), per_half) - skip for a in range(skip, per_half)]

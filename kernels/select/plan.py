@@ -7,7 +7,14 @@ import torch
 import triton
 from torch import Tensor
 
-from ..chip import SHARES_MEMORY, Chip, chip_of, float32_precision, takes_float32
+from ..chip import (
+    SHARES_MEMORY,
+    Chip,
+    chip_of,
+    float32_precision,
+    register_bound,
+    takes_float32,
+)
 from .kernel import select_kernel
 
 # The most maxima of a row, which give a threshold for half as many reads: more take too many
@@ -180,7 +187,6 @@ def select(
     """
     num_tokens, heads, _ = query.shape
     shape = plan.shape
-    options = {"maxnreg": shape.registers} if shape.registers else {}
     select_kernel[(triton.cdiv(num_tokens, shape.rows) * heads * plan.splits,)](
         query_ptr=query,
         keys_ptr=keys,
@@ -196,5 +202,5 @@ def select(
         num_warps=shape.warps,
         num_stages=1,
         enable_fp_fusion=True,
-        **options,
+        **register_bound(query.device, shape.registers),
     )

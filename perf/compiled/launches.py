@@ -68,7 +68,7 @@ def compile_launch(
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import mangle_type
 
     bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
@@ -86,9 +86,11 @@ def compile_launch(
     if architecture.startswith("gfx"):
         # CDNA runs waves of 64, RDNA of 32.
         target = GPUTarget("hip", architecture, 64 if architecture.startswith("gfx9") else 32)
-        options.pop("maxnreg", None)
     else:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    unknown = options.keys() - vars(make_backend(target).parse_options(dict(options))).keys()
+    if unknown:  # launched, Triton would raise; compiled ahead of time, it says nothing
+        raise KeyError(f"{kernel.__name__}: {architecture} has no option {', '.join(unknown)}")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     before = cpu_seconds()
     with _driver_of(target), knobs.compilation.scope():

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
 
-from pkm_triton.kernels.chip import CHIPS
+from pkm_triton.kernels.chip import CHIPS, as_if
+from pkm_triton.kernels.launches import recorded_launches
+from pkm_triton.perf.compiled.launches import shipped_configurations
 
 # Of triton 3.9. What the compilers before it make only has to fit the chip: they spill more.
 LIMITS = json.loads((Path(__file__).parent / "kernel_limits.json").read_text())
@@ -106,6 +110,23 @@ def test_every_lookup_has_limits():
     for launcher in (product_key_topk, flat_key_topk):
         module = importlib.import_module(launcher.__module__)
         assert set(module.shipped_configurations()) <= set(LIMITS)
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942", "gfx1100"])
+def test_the_compiler_knows_every_option(architecture):
+    """Triton refuses to launch with one that it does not know, but compiles ahead of time."""
+    waves = 64 if architecture == "gfx942" else 32
+    kind = "hip" if architecture.startswith("gfx") else "cuda"
+    target = GPUTarget(kind, architecture if kind == "hip" else 90, waves)
+    known = vars(make_backend(target).parse_options({"enable_fp_fusion": True}))
+    with as_if(CHIPS[architecture]), recorded_launches() as launches:
+        for launch in shipped_configurations().values():
+            launch()
+    assert launches
+    for kernel, _, kwargs in launches:
+        options = {name for name in kwargs if name not in kernel.arg_names}
+        assert "num_warps" in options
+        assert options <= known.keys(), kernel.__name__
 
 
 SIZES = """
