@@ -1,12 +1,12 @@
 """Launches of kernels, recorded instead of run, or compiled ahead of time for this device."""
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import triton
-from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -17,7 +17,11 @@ Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 def recorded_launches() -> Iterator[list[Launch]]:
     """Record what kernels would be launched with, instead of launching them."""
     launches: list[Launch] = []
-    kinds: tuple[Any, ...] = (JITFunction, InterpretedFunction)
+    kinds: list[Any] = [JITFunction]
+    # What interprets kernels is imported with the first of them, and needs NumPy.
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is not None:
+        kinds.append(interpreter.InterpretedFunction)
     originals = [kind.run for kind in kinds]
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

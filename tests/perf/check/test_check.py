@@ -148,6 +148,25 @@ def without(blocked, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+PLANNED = """
+import pkm_triton as pkm
+from pkm_triton.compiling import launches_of
+from pkm_triton.perf.check import machine
+with machine.compiling("triton") as compiled:
+    layer = pkm.ProductKeyMemory(8, num_subkeys=4, heads=1, top_k=2, query_dim=4)
+    print(len(launches_of([layer], 2, pkm.optim.SparseAdam([layer.values]))))
+"""
+
+
+def test_compiling_on_a_gpu_needs_no_numpy():
+    code = BLOCK.format(blocked=LIBRARIES).rpartition("from pkm_triton.perf")[0] + PLANNED
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 4
+
+
 def test_torch_and_triton_are_all_it_needs(tmp_path):
     done = without(LIBRARIES, *REFERENCE, str(tmp_path), "--only", "no tokens", "SparseAdam")
     assert done.returncode == 0, done.stderr
