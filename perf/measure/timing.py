@@ -96,7 +96,9 @@ def time_passes(
             samples[place] += [time_once(each) for _ in range(turns[place])]
             spent[place] += time.perf_counter() - started
     taken = others.cores()
-    return [_timing(each, taken) for each in samples]
+    # What runs on a GPU needs one core.
+    threads = 1 if device == "cuda" else torch.get_num_threads()
+    return [_timing(each, taken, threads) for each in samples]
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,10 @@ def _spread(samples: Sequence[_Sample]) -> float:
     return (high - low) / median
 
 
-def _timing(samples: Sequence[_Sample], others: float) -> Timing:
+def _timing(samples: Sequence[_Sample], others: float, threads: int) -> Timing:
     low, median, high = (1e3 * value for value in _quantiles(samples))
     cpu = torch.tensor([sample.cpu for sample in samples], dtype=torch.float64).median().item()
-    remark = _remark(others, (high - low) / median, torch.get_num_threads())
+    remark = _remark(others, (high - low) / median, threads)
     return Timing(median, low, high, len(samples), cpu * 1e3, others, remark)
 
 
@@ -175,7 +177,11 @@ def _time_on_cpu(each: Pass) -> _Sample:
 
 
 class _CudaTimer:
-    """A pass between two CUDA events, from a cold L2 cache."""
+    """A pass between two CUDA events, from a cold L2 cache.
+
+    The clearing is before the first event. While it runs a pass would be launched unseen, unless
+    it is waited for.
+    """
 
     def __init__(self) -> None:
         size = max(2**28, 2 * getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0))
@@ -186,6 +192,8 @@ class _CudaTimer:
     def __call__(self, each: Pass) -> _Sample:
         each.clear()
         self._cache.zero_()
+        if not each.queued:
+            torch.cuda.synchronize()
         cpu = time.process_time()
         self._start.record()
         each.run()

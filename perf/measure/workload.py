@@ -101,7 +101,11 @@ class Pass:
         parameters: what else gets gradients.
         backward: whether to run the backward pass, from a gradient of ones.
         optimizers: what then makes a step.
+        queued: whether a GPU is still busy when the pass is launched, so that launches are not in
+            its time; else it is idle, as where a user calls and waits.
     """
+
+    queued = False
 
     def __init__(
         self,
@@ -111,8 +115,10 @@ class Pass:
         *,
         backward: bool,
         optimizers: Sequence[torch.optim.Optimizer] = (),
+        queued: bool = False,
     ) -> None:
         self._optimizers = optimizers
+        self.queued = queued
         self._function = function
         self._inputs = [
             tensor.detach().requires_grad_(backward and tensor.is_floating_point())
@@ -155,7 +161,7 @@ class Pass:
             graph.replay()
             return self._inputs[0]
 
-        return Pass(replay, [], backward=False)
+        return Pass(replay, [], backward=False, queued=True)
 
     def clear(self) -> None:
         """Forget the gradients; not part of the time."""
@@ -220,7 +226,9 @@ class Workload:
             )
         function = memory if self._slots is None else self._read_generated
         if point.implementation in COMPILED:
-            function = torch.compile(function, mode=COMPILED[point.implementation])
+            # For these sizes: sizes left open would cost it speed.
+            mode = COMPILED[point.implementation]
+            function = torch.compile(function, mode=mode, dynamic=False)
         self.whole = Pass(
             function,
             [self._x],

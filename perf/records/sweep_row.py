@@ -29,7 +29,8 @@ class Row(Point):
         device_name: the processor or the GPU; part of the row's key, see `Row.key`.
         seed: of parameters, inputs and generated reads.
         seconds: time asked for on each pass; 0 where it was not recorded.
-        median_ms, low_ms, high_ms: median, 20th and 80th percentile of one pass, milliseconds.
+        median_ms, low_ms, high_ms: median, 20th and 80th percentile of one pass, milliseconds; on
+            a GPU that was idle, launches included.
         samples: passes timed.
         cpu_ms: median CPU time of one pass, all threads together; on a GPU, of the launches.
         others: cores' worth of CPU time that other processes took meanwhile.

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from pkm_triton.perf.measure.timing import PATIENCE
 from pkm_triton.perf.records.environment import (
     check_seed,
     check_threads,
@@ -32,9 +31,9 @@ from pkm_triton.perf.records.points import (
 )
 from pkm_triton.perf.records.sweep_row import CSV_NAME, RowFile
 
-from .predict import predicted_bytes
+from .predict import predicted_sweep_seconds
 from .presets import PRESETS, make_points
-from .run import Limits, open_points, run_sweep
+from .run import Limits, open_points, reason_to_skip, run_sweep
 
 _NUMBERS = {
     "num_subkeys": "sub-keys per codebook, |C|; the memory has |C|² slots",
@@ -153,7 +152,8 @@ def run(arguments: argparse.Namespace) -> int:
     path = folder / CSV_NAME
     file = RowFile(path)
     todo = open_points(points, file, limits, seed, arguments.retry)
-    *lines, total = _plan(todo, points, limits)
+    tried = [point for point in todo if reason_to_skip(point, file.rows, limits) is None]
+    *lines, total = _plan(todo, points, predicted_sweep_seconds(tried, limits.seconds), limits)
     if arguments.dry_run:
         print("\n".join([*lines, total]))
         return 0
@@ -212,15 +212,13 @@ def _report(file: RowFile, folder: Path) -> None:
         print("no picture: no axis has two values, or two implementations, that were measured")
 
 
-def _plan(todo: Sequence[Point], points: Sequence[Point], limits: Limits) -> list[str]:
+def _plan(
+    todo: Sequence[Point], points: Sequence[Point], span: tuple[float, float], limits: Limits
+) -> list[str]:
     """The points still to be measured, a line each, and about how long they will take."""
     lines = [f"{point.label()} {point.dtype} {point.query_norm}" for point in todo]
-    # A pass and its parts; what is uneven takes up to three times as long; making the tables.
-    tables = sum(predicted_bytes(point) for point in todo) / 1e9
-    least = 2 * limits.seconds * len(todo) + tables
-    most = PATIENCE * 2 * limits.seconds * len(todo) + tables
     total = (
-        f"{len(todo)} of {len(points)} points are to be measured, in about {_span(least, most)}, "
+        f"{len(todo)} of {len(points)} points are to be measured, in about {_span(*span)}, "
         f"and longer where one pass takes longer than {limits.seconds:g} s"
     )
     return [*lines, total]

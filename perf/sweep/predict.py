@@ -1,9 +1,10 @@
 """What a point will need, told before it is tried."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from pkm_triton.perf.records.points import Point
+from pkm_triton.perf.measure.timing import PATIENCE
+from pkm_triton.perf.records.points import COMPILED, Point
 from pkm_triton.perf.records.sweep_row import Row, point_of
 
 _FIXED_BYTES = 256 * 2**20
@@ -32,6 +33,32 @@ def predicted_bytes(point: Point) -> int:
     # Two moments, of 4 bytes even where the table has fewer.
     moments = 2 * (values + others) * max(4, point.itemsize) if point.steps else 0
     return elements * point.itemsize + moments + _FIXED_BYTES
+
+
+# Seconds that torch.compile takes for a point, in its mode, and on a GPU Triton for all kernels
+# of this library, once; bytes a second at which tables are drawn; seconds that a point takes
+# besides on a GPU: to be built and warmed up, for a CUDA graph and for the memory.
+_COMPILE_SECONDS = {"default": 15.0, "max-autotune-no-cudagraphs": 45.0}
+_KERNELS_SECONDS = 60.0
+_DRAWN_ON_CPU, _ALSO_ON_GPU = 1e9, 1.0
+
+
+def predicted_sweep_seconds(points: Sequence[Point], seconds: float) -> tuple[float, float]:
+    """About what measuring the points takes at least and at most, compiling included.
+
+    Args:
+        points: what will be measured.
+        seconds: asked for on each pass, and again on its parts; uneven ones take longer.
+    """
+    modes = [COMPILED[each.implementation] for each in points if each.implementation in COMPILED]
+    fixed = sum(_COMPILE_SECONDS[mode] for mode in modes)
+    on_gpu = [point for point in points if point.device == "cuda"]
+    fixed += _ALSO_ON_GPU * len(on_gpu)
+    if any(point.implementation == "pkm_triton" for point in on_gpu):
+        fixed += _KERNELS_SECONDS
+    fixed += sum(predicted_bytes(each) for each in points if each.device == "cpu") / _DRAWN_ON_CPU
+    timed = 2 * seconds * len(points)
+    return timed + fixed, PATIENCE * timed + fixed
 
 
 def predicted_seconds(point: Point, rows: Iterable[Row]) -> float | None:

@@ -55,22 +55,33 @@ class Preset:
 
 
 _GPU = {"dtype": ["bfloat16"], "dim": [1024], "query_dim": [512]}
+_GPU_BATCH = {"dtype": "bfloat16", "tokens": 16_384}
 _GPU_SIZES = (128, 256, 512, 1024, 2048, 4096)
 
 
-def _gpu_grids(product: Sequence[int], flat: Sequence[int], tokens: int) -> list[Axes]:
-    """Size, top-k and heads as on a CPU, training with sparse gradients, and decoding."""
+def _gpu_grids(
+    product: Sequence[int],
+    tuned: Sequence[int],
+    flat: Sequence[int],
+    tokens: int,
+    decoders: Sequence[str],
+) -> list[Axes]:
+    """Size, top-k and heads as on a CPU, training with sparse gradients, and decoding.
+
+    What torch.compile makes anew for each point takes most of the time: it stands along the sizes
+    (`tuned`, which takes longest, at some of them) and where tokens are few.
+    """
     training = {"pass_name": ["forward+backward", "step"], "sparse_grad": [True]}
-    decoding = {"num_subkeys": [1024], "tokens": [1, 64], "implementation": IMPLEMENTATIONS}
-    shared = {**_GPU, "num_subkeys": [1024], "tokens": [tokens], "implementation": _COMPILED}
+    many = {**_GPU, "tokens": [tokens]}
+    medium = {**many, "num_subkeys": [1024], "implementation": _TEXTBOOK}
     return [
-        {**_GPU, "tokens": [tokens], "num_subkeys": product, "implementation": _COMPILED},
-        {**_GPU, "tokens": [tokens], "num_subkeys": flat, "keys": ["flat"]},
-        {**_GPU, "tokens": [tokens], "num_subkeys": product, "implementation": _TEXTBOOK}
-        | training,
-        {**_GPU, **decoding, **_ONE_NORM},
-        {**shared, "top_k": [8, 16, 32, 64, 128]},
-        {**shared, "heads": [1, 2, 4, 8]},
+        {**many, "num_subkeys": product, "implementation": _COMPILED},
+        {**many, "num_subkeys": tuned, "implementation": ["textbook-tuned"]},
+        {**many, "num_subkeys": flat, "keys": ["flat"]},
+        {**many, "num_subkeys": product, "implementation": _TEXTBOOK} | training,
+        {**_GPU, "num_subkeys": [1024], "tokens": [1, 64], "implementation": decoders} | _ONE_NORM,
+        {**medium, "top_k": [8, 16, 32, 64, 128]},
+        {**medium, "heads": [1, 2, 4, 8]},
     ]
 
 
@@ -86,7 +97,7 @@ PRESETS = {
             | {"dim": [256], "tokens": [256]}
             | _ONE_NORM,
         ],
-        gpu=_gpu_grids((256, 1024), (256,), 4096),
+        gpu=_gpu_grids((256, 1024), (), (256,), 4096, _COMPILED),
     ),
     "default": Preset(
         0.3,
@@ -95,7 +106,9 @@ PRESETS = {
             {"top_k": [8, 16, 32, 64, 128], "implementation": _ON_CPU} | _ONE_NORM,
             {"heads": [1, 2, 4, 8], "implementation": _ON_CPU} | _ONE_NORM,
         ],
-        gpu=_gpu_grids(_GPU_SIZES, (128, 256, 512, 1024), 16_384),
+        gpu=_gpu_grids(
+            _GPU_SIZES, (256, 1024, 4096), (128, 256, 512, 1024), 16_384, IMPLEMENTATIONS
+        ),
     ),
     "paper": Preset(
         0.5,
@@ -103,6 +116,11 @@ PRESETS = {
             *_sizes(PAPER_SIZES, PAPER_SIZES, dim=1024, query_dim=512),
             {"top_k": [8, 16, 32, 64, 128], "dim": [1024], "query_dim": [512]},
             {"heads": [1, 2, 4, 8], "dim": [1024], "query_dim": [512]},
+        ],
+        gpu=[
+            *_sizes(PAPER_SIZES, PAPER_SIZES, dim=1024, query_dim=512, **_GPU_BATCH),
+            {**_GPU, "tokens": [16_384], "top_k": [8, 16, 32, 64, 128]},
+            {**_GPU, "tokens": [16_384], "heads": [1, 2, 4, 8]},
         ],
     ),
     "baselines": Preset(

@@ -1,6 +1,7 @@
 """Measure the points of a sweep, each recorded as soon as it is done."""
 
 import dataclasses
+import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,8 +67,9 @@ def run_sweep(
 ) -> int:
     """Measure the points that `file` does not hold yet, and add a row for each.
 
-    Points that differ in the implementation alone are timed in interleaved rounds. Whatever goes
-    wrong with a point is recorded in its row, and the sweep goes on.
+    Points that differ in the implementation alone are timed in interleaved rounds, where memory
+    holds them together. Whatever goes wrong with a point is recorded in its row, and the sweep goes
+    on.
 
     Args:
         points: what to measure.
@@ -143,22 +145,13 @@ def _measure(
     """A row for each point of a group."""
     torch.set_num_threads(points[0].threads)
     outcomes: dict[Point, dict[str, Any]] = {}
-    workloads: dict[Point, Workload] = {}
     for point in points:
-        reason = _reason_to_skip(point, len(points), file, limits)
+        reason = reason_to_skip(point, file.rows, limits)
         if reason:
             outcomes[point] = {"status": f"skipped: {reason}"}
-            continue
-        try:
-            if point.device == "cuda" or point.implementation in COMPILED:
-                progress(f"compiling {point.label()}", 0)
-            workload = Workload(point, seed=seed)
-            workload.warm_up()
-            workloads[point] = workload
-        except Exception as error:
-            outcomes[point] = {"status": _failure(error)}
-    if workloads:
-        outcomes.update(_measure_ready(workloads, limits))
+    left = [point for point in points if point not in outcomes]
+    for some in _that_fit_together(left, limits):
+        outcomes.update(_measure_together(some, limits, seed, progress))
     software = versions()
     return [
         Row(
@@ -171,6 +164,50 @@ def _measure(
         )
         for point in points
     ]
+
+
+def _that_fit_together(points: Sequence[Point], limits: Limits) -> Iterator[list[Point]]:
+    """The points, as many at a time as are predicted to fit into memory."""
+    some: list[Point] = []
+    for point in points:
+        needed = sum(map(predicted_bytes, [*some, point]))
+        if some and needed > _allowed_bytes(point, limits):
+            yield some
+            some = []
+        some.append(point)
+    if some:
+        yield some
+
+
+def _measure_together(
+    points: Sequence[Point], limits: Limits, seed: int, progress: Progress
+) -> dict[Point, dict[str, Any]]:
+    """The figures, or what went wrong, of points that are in memory at the same time."""
+    _forget_earlier_points(points)
+    outcomes: dict[Point, dict[str, Any]] = {}
+    workloads: dict[Point, Workload] = {}
+    for point in points:
+        try:
+            if point.device == "cuda" or point.implementation in COMPILED:
+                progress(f"compiling {point.label()}", 0)
+            workload = Workload(point, seed=seed)
+            workload.warm_up()
+            workloads[point] = workload
+        except Exception as error:
+            outcomes[point] = {"status": _failure(error)}
+    if workloads:
+        outcomes.update(_measure_ready(workloads, limits))
+    return outcomes
+
+
+def _forget_earlier_points(points: Sequence[Point]) -> None:
+    """Free their tables, some of which are in cycles, and what torch compiled for them."""
+    if any(point.implementation in COMPILED for point in points):
+        # After eight compilations of one function torch runs it eagerly from then on.
+        torch.compiler.reset()
+    gc.collect()
+    if points[0].device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _measure_ready(workloads: Mapping[Point, Workload], limits: Limits) -> dict[Point, Any]:
@@ -191,22 +228,26 @@ def _measure_ready(workloads: Mapping[Point, Workload], limits: Limits) -> dict[
     }
 
 
-def _reason_to_skip(point: Point, group: int, file: RowFile, limits: Limits) -> str | None:
+def _allowed_bytes(point: Point, limits: Limits) -> float:
+    available = available_bytes(point.device)
+    return available if limits.memory_bytes is None else min(limits.memory_bytes, available)
+
+
+def reason_to_skip(point: Point, rows: Sequence[Row], limits: Limits) -> str | None:
+    """Why a point is not tried, as far as that is known from the rows measured before it."""
     unsupported = point.unsupported()
     if unsupported:
         return unsupported
     if point.implementation == "product-key-memory" and not find_spec("product_key_memory"):
         return "the package product-key-memory is not installed (install it, and give --retry)"
-    available = available_bytes(point.device)
-    allowed = available if limits.memory_bytes is None else min(limits.memory_bytes, available)
-    # The layers of a group are in memory together; gradients and working memory are not.
-    needed = predicted_bytes(point) * group
+    needed, allowed = predicted_bytes(point), _allowed_bytes(point, limits)
     if needed > allowed:
+        limited = limits.memory_bytes is not None and allowed == limits.memory_bytes
         return (
             f"predicted memory {needed / 2**30:.1f} GiB, above the {allowed / 2**30:.1f} GiB "
-            f"{'available' if allowed == available else 'allowed (--memory-limit)'}"
+            f"{'allowed (--memory-limit)' if limited else 'available'}"
         )
-    seconds = predicted_seconds(point, file.rows)
+    seconds = predicted_seconds(point, rows)
     if seconds is not None and seconds > limits.pass_seconds:
         return (
             f"predicted time {seconds:.0f} s a pass, above the {limits.pass_seconds:g} s "

@@ -1,6 +1,7 @@
 import pytest
 
 from pkm_triton.perf.records.points import IMPLEMENTATIONS
+from pkm_triton.perf.sweep.predict import predicted_sweep_seconds
 from pkm_triton.perf.sweep.presets import PAPER_SIZES, PRESETS, make_points
 
 
@@ -23,7 +24,33 @@ def test_the_default_follows_the_device():
     assert {point.top_k for point in points} == {8, 16, 32, 64, 128}
     assert {point.heads for point in points} == {1, 2, 4, 8}
     assert {point.implementation for point in points} == set(IMPLEMENTATIONS)
+    assert {p.num_subkeys for p in points if p.implementation == "textbook-tuned"} >= {256, 4096}
     assert {p.tokens for p in make_points("default", {}, device="cpu", all_threads=2)} == {512}
+
+
+def test_the_default_takes_at_most_ten_minutes_on_a_gpu():
+    points = make_points("default", {}, device="cuda", all_threads=8)
+    least, most = predicted_sweep_seconds(points, PRESETS["default"].seconds)
+    assert 60 < least < most <= 610
+    quick = make_points("quick", {}, device="cuda", all_threads=8)
+    assert predicted_sweep_seconds(quick, PRESETS["quick"].seconds)[1] < most / 3
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_on_a_gpu_no_preset_measures_launches_alone(preset):
+    points = make_points(preset, {}, device="cuda", all_threads=8)
+    assert {point.dtype for point in points} == {"bfloat16"}
+    assert max(point.tokens for point in points) >= 4096
+
+
+def test_the_time_predicted_counts_each_compilation():
+    one = make_points(None, {"num_subkeys": [64]}, device="cpu", all_threads=1)
+    plain = predicted_sweep_seconds(one, 0.5)
+    assert 1 <= plain[0] < 2.5
+    assert plain[1] == pytest.approx(plain[0] + 2)
+    given = {"num_subkeys": [64], "implementation": ["textbook-compiled", "textbook-tuned"]}
+    two = make_points(None, given, device="cpu", all_threads=1)
+    assert predicted_sweep_seconds(two, 0.5)[0] > 60
 
 
 def test_the_default_covers_the_papers_sizes_with_both_kinds_of_keys():

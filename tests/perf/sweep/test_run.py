@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from importlib.util import find_spec
 
 import pytest
@@ -257,6 +258,65 @@ def test_a_point_above_the_machines_memory_is_skipped(file):
     run_sweep([Point(num_subkeys=40_000, dim=4096, value_dim=4096)], file, FAST)
     assert file.rows[0].status.startswith("skipped: predicted memory 24")
     assert file.rows[0].status.endswith("GiB available")
+
+
+def test_what_does_not_fit_together_is_measured_one_after_the_other(file, monkeypatch):
+    names = ("pkm_triton", "textbook")
+    points = [Point(**TINY, implementation=name) for name in names]
+    needed = [predicted_bytes(point) for point in points]
+    groups = []
+    real = sweep.measure_group
+
+    def spy(some, *args, **options):
+        groups.append([point.implementation for point in some])
+        return real(some, *args, **options)
+
+    monkeypatch.setattr(sweep, "measure_group", spy)
+    run_sweep(points, file, Limits(seconds=0.001, memory_bytes=sum(needed)))
+    run_sweep(points, file, Limits(seconds=0.002, memory_bytes=sum(needed) - 1))
+    assert groups == [["pkm_triton", "textbook"], ["pkm_triton"], ["textbook"]]
+    assert [row.status for row in file.rows] == ["ok"] * 4
+
+
+def test_a_table_is_freed_before_the_next_is_made(file, monkeypatch):
+    points = [Point(**{**TINY, "num_subkeys": size}, reads="uniform") for size in (8, 16)]
+    alive = []
+    made = sweep.Workload
+
+    def make(*args, **options):
+        assert not any(each() for each in alive)
+        workload = made(*args, **options)
+        alive.append(weakref.ref(workload))
+        return workload
+
+    monkeypatch.setattr(sweep, "Workload", make)
+    run_sweep(points, file, FAST)
+    assert len(alive) == 2
+    assert [row.status for row in file.rows] == ["ok", "ok"]
+
+
+def test_every_compiled_point_is_compiled_for_its_sizes(file, monkeypatch):
+    compiled = []
+    real = torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    def compile_by_it(function, **options):
+        return real(function, backend=backend, dynamic=options["dynamic"])
+
+    monkeypatch.setattr(torch, "compile", compile_by_it)
+    points = [
+        Point(**{**TINY, "num_subkeys": size, "tokens": size}, implementation="textbook-compiled")
+        for size in range(4, 14)
+    ]
+    run_sweep(points, file, FAST)
+    assert [row.status for row in file.rows] == ["ok"] * 10
+    assert len(compiled) == 10
+    for graph in compiled:
+        kinds = {type(node.meta.get("example_value")) for node in graph.graph.nodes}
+        assert torch.SymInt not in kinds
 
 
 def test_retry_measures_what_was_skipped(file):
