@@ -8,7 +8,7 @@ import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-_CHECKSUMS = "checksums"
+CHECKSUMS = "checksums"
 
 
 def write_tensors(path: Path, content: Mapping[str, Any]) -> None:
@@ -35,22 +35,31 @@ def write_tensors(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         OSError: if the file cannot be written, or path is there and no regular file.
     """
+    content = {**content, CHECKSUMS: [checksum(part) for _, part in parts_of(content)]}
+    with replaced(path) as (file, _):
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # the reason, which torch hides
+                raise error.__context__ from None
+            raise
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A file to write, and its path, which takes the place of another once the block has ended.
+
+    See `write_tensors`.
+    """
     path = Path(os.path.realpath(path))
     mode = None
     with contextlib.suppress(FileNotFoundError):
         mode = stat.S_IMODE(_regular(path).st_mode)
     _remove_leftovers(path)
-    content = dict(content)
-    content[_CHECKSUMS] = [_checksum(part) for _, part in _parts(content)]
     handle, temporary = _create(path)
     try:
         with os.fdopen(handle, "wb") as file:
-            try:
-                torch.save(content, file)
-            except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # the reason, which torch hides
-                    raise error.__context__ from None
-                raise
+            yield file, temporary
             file.flush()
             os.fsync(file.fileno())
             if mode is not None:
@@ -67,7 +76,12 @@ def write_tensors(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_tensors(
-    path: Path, form: str, version: int, *, plain: int | None = None
+    path: Path,
+    form: str,
+    version: int,
+    *,
+    plain: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """Read what `write_tensors` wrote, with "format" and "version" among it; runs nothing.
 
@@ -76,9 +90,11 @@ def read_tensors(
         form: what "format" must be.
         version: what "version" must be.
         plain: an older version to be read as well, whose files have no checksums.
+        share: rank and number of those that read the same file, each of which compares some of the
+            tensors with their checksums.
 
     Returns:
-        The content, on the CPU.
+        The content, on the CPU; what is not looked at is not read.
 
     Raises:
         ValueError: if the file is damaged, or of another format or version.
@@ -96,19 +112,24 @@ def read_tensors(
     found = content.get("version")
     if found != version and (plain is None or found != plain):
         raise ValueError(f"{str(path)!r} has version {found!r}, but this reads version {version}")
-    checksums = content.pop(_CHECKSUMS, None)
+    checksums = content.pop(CHECKSUMS, None)
     if found != plain:
-        _check(path, content, checksums)
+        _check(path, content, checksums, *share)
     return content
 
 
-def _check(path: Path, content: Mapping[str, Any], checksums: Any) -> None:
-    parts = list(_parts(content))
-    if not isinstance(checksums, list) or len(checksums) != len(parts):
+def _check(path: Path, content: Mapping[str, Any], checksums: Any, rank: int, ranks: int) -> None:
+    (_, outline), *tensors = parts_of(content)
+    if isinstance(checksums, Tensor):
+        checksums = checksums.tolist()
+    if not isinstance(checksums, list) or len(checksums) != 1 + len(tensors):
         raise ValueError(f"{str(path)!r} is broken: it has not one checksum for each tensor")
-    for (place, part), checksum in zip(parts, checksums, strict=True):
+    # Ranks get equally much to read, as far as tensors allow.
+    order = sorted(range(len(tensors)), key=lambda index: -tensors[index][1].numel())
+    mine = [(*tensors[index], checksums[1 + index]) for index in order[rank::ranks]]
+    for place, part, expected in [("", outline, checksums[0]), *mine]:
         try:
-            same = _checksum(part) == checksum
+            same = checksum(part) == expected
         except (RuntimeError, NotImplementedError):  # no plain tensor
             same = False
         if not same:
@@ -116,7 +137,7 @@ def _check(path: Path, content: Mapping[str, Any], checksums: Any) -> None:
             raise ValueError(f"{str(path)!r} is broken: {what} differs from its checksum")
 
 
-def _parts(content: Mapping[str, Any]) -> Iterator[tuple[str, Tensor | str]]:
+def parts_of(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """All that is no tensor, as one text, then every tensor, each with its place."""
     tensors: list[tuple[str, Tensor]] = []
 
@@ -132,21 +153,22 @@ def _parts(content: Mapping[str, Any]) -> Iterator[tuple[str, Tensor | str]]:
             return f"{type(value).__name__}({', '.join(parts)})"
         return repr(sorted(value, key=repr) if isinstance(value, set) else value)
 
-    text = outline({key: part for key, part in content.items() if key != _CHECKSUMS}, "")
+    text = outline({key: part for key, part in content.items() if key != CHECKSUMS}, "")
     yield "", text
     yield from ((place[1:], tensor) for place, tensor in tensors)
 
 
-def _checksum(part: Tensor | str) -> int:
+def checksum(part: Tensor | str, before: int = 0) -> int:
+    """The checksum of a tensor or a text, or of one that `before` is the beginning of."""
     if isinstance(part, str):
-        return zlib.crc32(part.encode())
+        return zlib.crc32(part.encode(), before)
     size = part.numel() * part.element_size()
     if size > part.untyped_storage().nbytes():
         raise RuntimeError("a tensor must not be larger than its data")
     if size == 0:
-        return 0
+        return before
     data = part.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return zlib.crc32((ctypes.c_char * size).from_address(data.data_ptr()))
+    return zlib.crc32((ctypes.c_char * size).from_address(data.data_ptr()), before)
 
 
 def _create(path: Path) -> tuple[int, Path]:

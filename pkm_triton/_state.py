@@ -31,21 +31,28 @@ def is_plain(part: Any) -> bool:
     return type(part) in (Tensor, nn.Parameter) and part.layout == torch.strided
 
 
+def is_sharded(part: Any) -> bool:
+    """Whether a part of a state lies over ranks."""
+    return hasattr(part, "full_tensor")
+
+
 def savable(key: str, part: Any) -> Any:
     """A part of a state as it goes into a file.
 
     Raises:
-        TypeError: if it is neither a plain tensor nor, as extra state, plain data.
+        TypeError: if it is neither a plain tensor or DTensor nor, as extra state, plain data.
     """
     if key.endswith(EXTRA_STATE) and _is_data(part):
         return part
-    if not is_plain(part):
+    if not is_plain(part) and not is_sharded(part):
         raise TypeError(
-            f"the state {key!r} is a {type(part).__name__}, but must be a plain tensor, or as "
-            "extra state plain data: of sharded tensors gather the full state first"
+            f"the state {key!r} is a {type(part).__name__}, but must be a plain tensor or DTensor, "
+            "or as extra state plain data: of other sharded tensors gather the full state first"
         )
     if part.is_meta:
         raise TypeError(f"the state {key!r} is on the meta device, and holds nothing to save")
+    if is_sharded(part):
+        return part
     overlaps = part.numel() * part.element_size() > part.untyped_storage().nbytes()
     return part.contiguous() if overlaps else part
 

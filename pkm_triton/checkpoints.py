@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ._files import read_tensors, write_tensors
-from ._kinds import KINDS, described
+from ._kinds import described
 from ._layer_checks import check_module
-from ._state import EXTRA_STATE, is_plain, plain_name, savable, shared, unwrapped
+from ._saved_model import SavedModel
+from ._state import is_sharded, plain_name, savable, shared, unwrapped
 from .memory import _KeyValueMemory
 from .replace import absorbed_modules, put_memory
 
@@ -22,7 +23,7 @@ _FORMAT = "pkm_triton model with memory"
 _VERSION = 2
 
 
-def save_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_with_memory(model: nn.Module, path: str | os.PathLike[str], group: Any = None) -> None:
     """Write all weights of a model, and what its memories are, into one file.
 
     Other ways of saving keep weights alone: a plain `from_pretrained` of what `save_pretrained`
@@ -31,18 +32,25 @@ def save_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
     memories are shared. It has a checksum for every tensor, and is written whole or not at all: an
     old file of that name stays until the new one is complete.
 
+    Of a model with DTensors, as `distributed.shard_memory` and `fully_shard` make them, all ranks
+    must call, and the first writes the file. The others send it theirs block by block: no rank ever
+    holds more than its shards and a block. `torch.distributed.checkpoint`, to which all ranks write
+    at a time, is faster.
+
     Args:
         model: any model whose memories are `ProductKeyMemory`, `FlatKeyMemory` or
             `ProductKeyExperts` layers. What `torch.compile` or a data-parallel wrapper put around
             it, or around parts of it, is left out.
         path: the file; its folder must exist. It is one of `torch.save`, so its name may end in
             anything but ".safetensors", by which other libraries choose how to read a file.
+        group: of a sharded model: the process group of all its ranks; None: the default.
 
     Raises:
-        ValueError: if the name ends in ".safetensors".
+        ValueError: if the name ends in ".safetensors", or, on all ranks, if ranks of a sharded
+            model differ, or some are not in the group.
         TypeError: if a memory is of a class derived from those, or has an adapter within, so that
-            it could not be built again, or a part of the state is neither a plain tensor nor, as
-            extra state, plain data: gather sharded tensors first.
+            it could not be built again, or a part of the state is neither a plain tensor or
+            DTensor nor, as extra state, plain data.
         OSError: if the file cannot be written, a full disk for example.
     """
     check_module("model", model)
@@ -51,28 +59,27 @@ def save_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"path is {os.fspath(path)!r}, but this writes a file of torch.save: let its name end "
             "in '.pt' (safetensors are written by pkm_triton.hf)"
         )
-    model = unwrapped(model)
-    names: dict[_KeyValueMemory, list[str]] = defaultdict(list)
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, _KeyValueMemory):
-            names[layer].append(plain_name(name))
-    content = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "memories": [{"names": each, **described(each[0], layer)} for layer, each in names.items()],
-        "shared": shared(model),
-        "state": {plain_name(key): savable(key, part) for key, part in model.state_dict().items()},
-    }
-    write_tensors(Path(path), content)
+    path, model = Path(path), unwrapped(model)
+    if not _is_sharded(model):
+        write_tensors(path, _content(model))
+        return
+    from .distributed.one_file import together, write_sharded_tensors
+
+    write_sharded_tensors(path, together(lambda: _content(model), group), group)
 
 
-def load_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def load_with_memory(
+    model: nn.Module, path: str | os.PathLike[str], group: Any = None
+) -> nn.Module:
     """Put the memories saved by `save_with_memory` into a model, and load all weights.
 
     Args:
         model: the same model without memories, freshly built (of Hugging Face's, from the same
             config), or one that has them already. Changed in place, on its own device.
+            Of one with DTensors all ranks must call; each takes its own part of the file, of
+            whichever layout that was written.
         path: a file written by `save_with_memory`. Nothing in it is executed.
+        group: of a sharded model: the process group of all its ranks; None: the default.
 
     Returns:
         The model: every parameter and buffer has the saved bits, and what was shared is shared.
@@ -86,9 +93,47 @@ def load_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> nn.Modul
     check_module("model", model)
     path, whole = Path(path), model
     model = unwrapped(model)
-    content = read_tensors(path, _FORMAT, _VERSION, plain=1)
+    if _is_sharded(model):
+        from .distributed.one_file import fill, rank_and_ranks, together
+
+        share = rank_and_ranks(group)
+        _put(model, *together(lambda: _prepared(model, path, share), group), fill)
+    else:
+        _put(model, *_prepared(model, path, (0, 1)))
+    return whole
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(map(is_sharded, model.state_dict().values()))
+
+
+def _content(model: nn.Module) -> dict[str, Any]:
+    """What a file holds of a model."""
+    names: dict[_KeyValueMemory, list[str]] = defaultdict(list)
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, _KeyValueMemory):
+            names[layer].append(plain_name(name))
+    state = {plain_name(key): savable(key, part) for key, part in model.state_dict().items()}
+    ties = shared(model)
+    for first, *others in ties:
+        if is_sharded(state[first]):
+            state |= dict.fromkeys(others, state[first])  # one object, as one storage is elsewhere
+    return {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "memories": [{"names": each, **described(each[0], layer)} for layer, each in names.items()],
+        "shared": ties,
+        "state": state,
+    }
+
+
+def _prepared(
+    model: nn.Module, path: Path, share: tuple[int, int]
+) -> tuple[SavedModel, dict[str, _KeyValueMemory]]:
+    """What a file holds, and the memories to be put into a model, of which all is checked."""
+    content = read_tensors(path, _FORMAT, _VERSION, plain=1, share=share)
     try:
-        saved = _Saved(content)
+        saved = SavedModel(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is broken: {error}") from None
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -103,7 +148,16 @@ def load_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> nn.Modul
         memories |= dict.fromkeys(names, memory)
     _check_same(_expected_state(model, memories, saved.state), saved.state, path)
     _check_ties(model, memories, saved.shared, path)
+    return saved, memories
 
+
+def _put(
+    model: nn.Module,
+    saved: SavedModel,
+    memories: Mapping[str, _KeyValueMemory],
+    fill: Callable[[Any, Tensor], None] | None = None,
+) -> None:
+    """Put memories and state into a model; DTensors by `fill`."""
     for name, memory in memories.items():
         replaced = model.get_submodule(name)
         if replaced is memory:
@@ -116,44 +170,14 @@ def load_with_memory(model: nn.Module, path: str | os.PathLike[str]) -> nn.Modul
         for name in names[1:]:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, model.get_parameter(names[0]))
-    model.load_state_dict(saved.state)
-    return whole
-
-
-class _Saved:
-    """What a file holds, its form checked.
-
-    Attributes:
-        state: the state dict.
-        memories: of each memory its names, its kind, and the arguments that make it.
-        shared: the names of each parameter that has several.
-    """
-
-    def __init__(self, content: Mapping[str, Any]) -> None:
-        self.state: dict[str, Any] = content["state"]
-        for key, part in self.state.items():
-            if not isinstance(key, str) or not (is_plain(part) or key.endswith(EXTRA_STATE)):
-                raise ValueError(f"the state {key!r} is no plain tensor")
-        memories = content["memories"]
-        if content["version"] == 1:
-            memories = [{"names": [name], **memory} for name, memory in memories.items()]
-        self.memories: list[tuple[list[str], type[_KeyValueMemory], dict[str, Any]]] = []
-        for memory in memories:
-            kind = KINDS.get(memory["kind"])
-            if kind is None:
-                raise ValueError(f"there is no memory of the kind {memory['kind']!r}")
-            self.memories.append((_names(memory["names"]), kind, dict(memory["arguments"])))
-        self.shared = [_names(names) for names in content["shared"]]
-        for names in self.shared:
-            shapes = {(self.state[n].shape, self.state[n].dtype) for n in names}
-            if len(shapes) > 1:
-                raise ValueError(f"shared parameters differ in shape or dtype: {names}")
-
-
-def _names(names: Any) -> list[str]:
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        raise ValueError(f"{names!r} is no list of names")
-    return names
+    state = dict(saved.state)
+    again = {name for names in saved.shared for name in names[1:]}
+    for key, part in model.state_dict().items():
+        if fill is not None and is_sharded(part):
+            if key not in again:
+                fill(part, state[key])
+            state[key] = part
+    model.load_state_dict(state)
 
 
 def _found(

@@ -15,27 +15,44 @@ def agreed(describe: Callable[[], _T], group: Any) -> _T:
     """What `describe` returns, once it is known that it does the same on all ranks.
 
     Raises:
-        ValueError: on every rank, if it raised a ValueError or TypeError on one, or ranks differ.
+        ValueError: on every rank, if it raised an error on one (see `together`), or ranks differ.
     """
+    mine, said = _called(describe, group, lambda description: description)
+    for rank, theirs in enumerate(said):
+        if theirs != said[0]:
+            raise ValueError(
+                f"ranks differ: rank {rank} of the group has {theirs}, rank 0 has {said[0]}"
+            )
+    return mine
+
+
+def together(call: Callable[[], _T], group: Any) -> _T:
+    """What `call` returns, once it is known that it does on all ranks.
+
+    Raises:
+        ValueError, OSError: on every rank, if it raised one, or a TypeError, on one of them.
+    """
+    return _called(call, group, lambda _: None)[0]
+
+
+def _called(call: Callable[[], _T], group: Any, tell: Callable[[_T], Any]) -> tuple[_T, list[Any]]:
+    """What `call` returns here, and what all ranks tell of it."""
     mine: Any = None
     error = None
     try:
-        mine = describe()
-    except (ValueError, TypeError) as raised:
+        mine = call()
+    except (ValueError, TypeError, OSError) as raised:
         error = raised
     said: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(said, (None if error is None else str(error), mine), group=group)
+    kind = OSError if isinstance(error, OSError) else ValueError
+    told = (None, None, tell(mine)) if error is None else (kind, str(error), None)
+    distributed.all_gather_object(said, told, group=group)
     if error is not None:
         raise error
-    for rank, (message, _) in enumerate(said):
-        if message is not None:
-            raise ValueError(f"rank {rank} of the mesh refuses: {message}")
-    for rank, (_, theirs) in enumerate(said):
-        if theirs != said[0][1]:
-            raise ValueError(
-                f"ranks differ: rank {rank} of the mesh has {theirs}, rank 0 has {said[0][1]}"
-            )
-    return mine
+    for rank, (kind, message, _) in enumerate(said):
+        if kind is not None:
+            raise kind(f"rank {rank} of the group refuses: {message}")
+    return mine, [theirs for *_, theirs in said]
 
 
 def tokens_of_all(slots: Tensor, weights: Tensor, records: bool, group: Any) -> list[int]:

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import distributed
 
+from .agreement import together
+
 # What DCP writes last, by a rename, once every rank has written its part.
 _COMPLETE = ".metadata"
 
@@ -86,13 +88,7 @@ def _by_first_rank(decide: Callable[[], Any]) -> Any:
     """What rank 0 decides, or raises, on all ranks."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return decide()
-    decision: list[Any] = [None, None]
-    if distributed.get_rank() == 0:
-        try:
-            decision[0] = decide()
-        except OSError as error:
-            decision[1] = error
+    first = distributed.get_rank() == 0
+    decision = [together(lambda: decide() if first else None, None)]
     distributed.broadcast_object_list(decision, src=0)
-    if decision[1] is not None:
-        raise decision[1]
     return decision[0]

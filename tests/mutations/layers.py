@@ -155,7 +155,7 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     ),
     (
         "pkm_triton/_files.py",
-        "same = _checksum(part) == checksum",
+        "same = checksum(part) == expected",
         "same = True",
         [FILES],
     ),
@@ -185,8 +185,8 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     ),
     (
         "pkm_triton/_files.py",
-        "    _remove_leftovers(path)\n    content",
-        "    content",
+        "    _remove_leftovers(path)\n    handle",
+        "    handle",
         [FILES],
     ),
     (

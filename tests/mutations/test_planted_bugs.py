@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COPIED = ["pkm_triton", "kernels", "reference", "perf", "tests", "pyproject.toml"]
 INSTALLED_INSIDE = ["kernels", "reference", "perf"]
-RECORDS = ["harness", "layers", "lookups", "ops", "optim", "selection", "studies"]
+RECORDS = ["harness", "layers", "lookups", "ops", "optim", "saving", "selection", "studies"]
 
 
 def records(name):

@@ -1,0 +1,57 @@
+"""Planted bugs of what saves and loads models that lie over ranks.
+
+Each is a file, a text in it, what stands there instead, and the tests of which one must fail.
+"""
+
+FOLDERS = "tests/distributed/test_checkpoints.py -k killed"
+LARGE = "tests/distributed/test_checkpoints.py -k whole_table"
+FILE = "tests/distributed/test_one_file.py -k one_process"
+WRONG = "tests/distributed/test_one_file.py -k wrong"
+
+MUTATIONS: list[tuple[str, str, str, list[str]]] = [
+    (
+        "pkm_triton/distributed/checkpoint_folders.py",
+        "max(filter(_is_complete, _numbered(folder))",
+        "max(_numbered(folder)",
+        [FOLDERS],
+    ),
+    (
+        "pkm_triton/distributed/checkpoint_folders.py",
+        "if old != newest:",
+        "if True:",
+        [FOLDERS],
+    ),
+    ("pkm_triton/_row_states.py", "items() if name not in states}", "items()}", [LARGE]),
+    (
+        "pkm_triton/_row_optimizer.py",
+        "                if param.requires_grad:\n                    self._state_of(param, group)",
+        "                pass",
+        [LARGE],
+    ),
+    (
+        "pkm_triton/distributed/one_file.py",
+        "target[start:stop], found)",
+        "target[start:stop])",
+        [FILE],
+    ),
+    (
+        "pkm_triton/distributed/one_file.py",
+        "slice(at, at + size) for at, size in ranges",
+        "slice(0, size) for at, size in ranges",
+        [FILE],
+    ),
+    (
+        "pkm_triton/distributed/one_file.py",
+        "None if chunk in chunks else chunk",
+        "chunk",
+        [FILE],
+    ),
+    ("pkm_triton/checkpoints.py", "fill(part, state[key])", "pass", [FILE]),
+    ("pkm_triton/_files.py", "order[rank::ranks]", "order[1 + rank :: ranks]", [WRONG]),
+    (
+        "pkm_triton/distributed/agreement.py",
+        "ValueError, TypeError, OSError)",
+        "ValueError)",
+        [WRONG],
+    ),
+]
