@@ -21,6 +21,10 @@ _COMMANDS = {
 imported only when its command is called."""
 
 
+_EXTRAS = {"matplotlib": "perf", "psutil": "perf", "tqdm": "perf", "tokenizers": "studies"}
+"""What a module that is missing is installed with, where not by its own name."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
@@ -54,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith(__package__ or "pkm_triton"):
             raise
-        return _complain(f"{error}; install it with: pip install 'pkm-triton[perf]'", 2)
+        package = error.name.partition(".")[0]
+        wanted = f"'pkm-triton[{_EXTRAS[package]}]'" if package in _EXTRAS else package
+        return _complain(f"{error}; install it with: pip install {wanted}", 2)
 
 
 def _complain(text: str, status: int) -> int:

@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     # Torch takes seconds to import, and rendering does without.
     from . import machine, planning
+    from .ahead import compile_ahead
     from .run import do
 
     limit = arguments.time_limit
@@ -74,16 +75,18 @@ def run(arguments: argparse.Namespace) -> int:
         )
         ensure_writable(folder)
         facts = machine.describe(device)
-        facts["clocks before"] = machine.clocks()
+        facts["clocks before"] = machine.clocks(device)
         options = {name: getattr(arguments, name) for name in ("quick", "only", "backend", "plant")}
         report = Report(facts, options, [], compiled=compiled)
         clock = _Clock(limit)
+        if arguments.backend == "triton":
+            compile_ahead(checks, device)
         for line in do(clock.until_the_end(checks)):
             report.lines.append(line)
             _show(line, len(report.lines), len(checks))
             if clock.is_time_to_write():
                 _write(report, folder)
-        facts["clocks after"] = machine.clocks()
+        facts["clocks after"] = machine.clocks(device)
     report.complete = len(report.lines) == len(checks)
     _write(report, folder)
     return _verdict(report, folder, clock.seconds())

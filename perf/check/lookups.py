@@ -65,7 +65,8 @@ def checks(setting: Setting) -> Iterator[Check]:
         # An interpreter shows the dtypes on the first of the sizes.
         for dtype in DTYPES if case == first or not setting.small else DTYPES[:1]:
             name = f"{case} {dtype_name(dtype)}"
-            yield Check(GROUP, name, functools.partial(_lookup, setting, case, dtype))
+            run = functools.partial(_lookup, setting, case, dtype)
+            yield Check(GROUP, name, run, functools.partial(launch, case, dtype))
     flat = next(case for case in cases if case.keys == "flat")
     for name, change in _AWKWARD.items():
         for case in (first, flat):
@@ -76,7 +77,22 @@ def checks(setting: Setting) -> Iterator[Check]:
     for case in (first, flat) if setting.small else [*cases[:3], flat]:
         for dtype in DTYPES[:1] if setting.small else DTYPES:
             name = f"gradients, {case} {dtype_name(dtype)}"
-            yield Check(GROUP, name, functools.partial(_gradients, setting, case, dtype))
+            run = functools.partial(_gradients, setting, case, dtype)
+            yield Check(GROUP, name, run, functools.partial(launch, case, dtype, backward=True))
+
+
+def launch(case: Case, dtype: torch.dtype, *, backward: bool = False) -> None:
+    """Launch the kernels of a case on tensors without data."""
+    from pkm_triton import kernels
+
+    query = torch.empty(case.tokens, case.heads, case.width, dtype=dtype, device="meta")
+    keys = torch.empty(_keys_shape(case), dtype=dtype, device="meta")
+    product = case.keys == "product"
+    forward = kernels.product_key_topk if product else kernels.flat_key_topk
+    scores, slots = forward(query, keys, case.top_k)
+    if backward:
+        derive = kernels.product_key_topk_backward if product else kernels.flat_key_topk_backward
+        derive(scores, query, keys, slots)
 
 
 def lookup(case: Case) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
@@ -86,10 +102,14 @@ def lookup(case: Case) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 def make(setting: Setting, case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Queries [T, H, d_q] and keys."""
-    half = (case.heads, 2, case.size, case.width // 2)
-    shape = half if case.keys == "product" else (case.heads, case.size, case.width)
     query = setting.randn(case.tokens, case.heads, case.width, seed=1, dtype=dtype)
-    return query, setting.randn(*shape, seed=2, dtype=dtype)
+    return query, setting.randn(*_keys_shape(case), seed=2, dtype=dtype)
+
+
+def _keys_shape(case: Case) -> tuple[int, ...]:
+    if case.keys == "product":
+        return case.heads, 2, case.size, case.width // 2
+    return case.heads, case.size, case.width
 
 
 def _ties(query: Tensor, keys: Tensor) -> None:

@@ -48,14 +48,16 @@ def compiling(backend: str) -> AbstractContextManager[dict[str, list[float]]]:
     return compile_seconds()
 
 
-def clocks() -> str:
-    """Driver, clocks, temperature and load as nvidia-smi has them, of the first device."""
+def clocks(device: torch.device) -> str:
+    """Driver, clocks, temperature and load of a GPU as nvidia-smi has them; else empty."""
     command = shutil.which("nvidia-smi")
-    if command is None:
+    if command is None or device.type != "cuda":
         return ""
+    # By its identity: nvidia-smi counts those that CUDA_VISIBLE_DEVICES hides.
+    identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     try:
         done = subprocess.run(
-            [command, f"--query-gpu={_QUERY}", "--format=csv,noheader"],
+            [command, f"--id={identity}", f"--query-gpu={_QUERY}", "--format=csv,noheader"],
             capture_output=True,
             text=True,
             check=True,

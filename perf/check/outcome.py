@@ -33,11 +33,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report: its group, its name, and the function that does it."""
+    """One line of the report.
+
+    Attributes:
+        run: does it.
+        launch: launches its kernels on tensors without data, so that they can be compiled ahead of
+            time; None where that is not worth it.
+    """
 
     group: str
     name: str
     run: Callable[[], Outcome]
+    launch: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import pkm_triton as pkm
+from pkm_triton.perf.records.environment import why_no_gpu
 from pkm_triton.perf.records.files import ensure_writable
 
 from . import lookups, machinery, reads, speed, steps, tables
@@ -43,7 +44,16 @@ def prepared(backend: str, planted: str | None) -> Iterator[torch.device]:
 
 def _device_of_kernels() -> torch.device:
     if torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
+        try:
+            capability = torch.cuda.get_device_capability()
+            torch.zeros(1, device="cuda")
+        except RuntimeError as error:
+            raise ValueError(
+                f"device: the GPU cannot be used ({str(error).splitlines()[0]}). Does another "
+                "process fill it, or is its driver older than torch's toolkit "
+                f"({torch.version.cuda or torch.version.hip})? nvidia-smi tells; "
+                "CUDA_VISIBLE_DEVICES chooses another one"
+            ) from error
         if torch.version.hip is None and capability < (8, 0):
             raise ValueError(
                 f"device: {torch.cuda.get_device_name()} has compute capability "
@@ -54,23 +64,17 @@ def _device_of_kernels() -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     if os.environ.get("TRITON_INTERPRET") == "1":
         return torch.device("cpu")
-    built = torch.version.cuda or torch.version.hip
-    reason = (
-        f"torch {torch.__version__} is built without CUDA"
-        if built is None
-        else f"torch {torch.__version__} finds no GPU it can use: is the driver as new as its "
-        f"toolkit, {built}? nvidia-smi tells"
-    )
     raise ValueError(
-        f"device: no GPU ({reason}). TRITON_INTERPRET=1 pkm-perf check interprets the kernels on "
-        "the CPU, and --backend torch checks the reference"
+        f"device: no GPU ({why_no_gpu()}). TRITON_INTERPRET=1 pkm-perf check interprets the "
+        "kernels on the CPU, and --backend torch checks the reference"
     )
 
 
 def _check_cache() -> None:
     """Triton writes what it compiles; where it cannot, it fails at the first kernel."""
-    folder = os.environ.get("TRITON_CACHE_DIR")
-    path = Path(folder) if folder else Path.home() / ".triton" / "cache"
+    from triton import knobs
+
+    path = Path(knobs.cache.dir)
     try:
         ensure_writable(path)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Checks of the gather of values and its gradients, dense, sparse and kept as factors."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,17 +53,16 @@ def checks(setting: Setting) -> Iterator[Check]:
         for dtype in DTYPES:
             for kind, word in _KINDS.items():
                 name = f"{case} {dtype_name(dtype)}, {word} gradient"
-                run = functools.partial(_gather, setting, case, dtype, kind, _draw(setting, case))
+                run = functools.partial(_gather, setting, case, dtype, kind, _draw)
                 yield Check(GROUP, name, run)
     case = cases[0]
-    for name, slots in _awkward(setting, case).items():
+    for name, draw in _AWKWARD.items():
         for kind, word in _KINDS.items():
-            run = functools.partial(_gather, setting, case, torch.bfloat16, kind, slots)
+            run = functools.partial(_gather, setting, case, torch.bfloat16, kind, draw)
             yield Check(GROUP, f"{name}, {word} gradient", run)
     for dtype in DTYPES[1:]:
         name = f"weights of {dtype_name(dtype)}"
-        draw = _draw(setting, case)
-        run = functools.partial(_gather, setting, case, torch.float32, True, draw, dtype)
+        run = functools.partial(_gather, setting, case, torch.float32, True, _draw, dtype)
         yield Check(GROUP, name, run)
     yield Check(GROUP, "no tokens", functools.partial(_no_tokens, setting))
     yield Check(GROUP, "infinite values and weights", functools.partial(_infinite, setting, case))
@@ -74,14 +73,24 @@ def _draw(setting: Setting, case: Case) -> Tensor:
     return setting.randint(case.slots, (case.tokens, case.reads), seed=4)
 
 
-def _awkward(setting: Setting, case: Case) -> dict[str, Tensor]:
+def _one_slot(setting: Setting, case: Case) -> Tensor:
+    return torch.full_like(_draw(setting, case), case.slots - 1)
+
+
+def _hot_slot(setting: Setting, case: Case) -> Tensor:
     drawn = _draw(setting, case)
-    hot = torch.where(drawn % 3 == 0, drawn, case.slots - 1)
-    return {
-        "every read of one slot": torch.full_like(drawn, case.slots - 1),
-        "one hot slot": hot,
-        "each slot twice in a token": drawn[:, : (case.reads + 1) // 2].repeat_interleave(2, 1),
-    }
+    return torch.where(drawn % 3 == 0, drawn, case.slots - 1)
+
+
+def _twice(setting: Setting, case: Case) -> Tensor:
+    return _draw(setting, case)[:, : (case.reads + 1) // 2].repeat_interleave(2, 1)
+
+
+_AWKWARD = {
+    "every read of one slot": _one_slot,
+    "one hot slot": _hot_slot,
+    "each slot twice in a token": _twice,
+}
 
 
 def _gather(
@@ -89,9 +98,10 @@ def _gather(
     case: Case,
     dtype: torch.dtype,
     sparse: bool,
-    slots: Tensor,
+    draw: Callable[[Setting, Case], Tensor],
     weights_dtype: torch.dtype = torch.float32,
 ) -> Outcome:
+    slots = draw(setting, case)
     values = setting.randn(case.slots, case.width, seed=5, dtype=dtype).requires_grad_()
     weights = setting.randn(*slots.shape, seed=6, dtype=weights_dtype).requires_grad_()
     grad = setting.randn(case.tokens, case.width, seed=7, dtype=dtype)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from pkm_triton.perf.measure.memory import is_out_of_memory
+
 from .outcome import ERROR, OOM, Check, Line, Outcome
 
 
@@ -23,9 +25,9 @@ def _outcome(check: Check) -> Outcome:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # what a kernel did wrong shows here at the latest
         return outcome
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        return Outcome(OOM, note=_short(error))
     except Exception as error:
+        if is_out_of_memory(error):
+            return Outcome(OOM, note=_short(error))
         return Outcome(ERROR, note=f"{type(error).__name__}: {_short(error)}")
     finally:
         if torch.cuda.is_available():

@@ -93,6 +93,16 @@ def _peak(allocations: Sequence[tuple[int, int]], kept: set[int]) -> PeakMemory:
     return PeakMemory(peak, working_peak)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was too little memory, whoever raised it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # The CPU's allocator; CUDA, Triton and HIP; cuBLAS.
+    words = ("allocate memory", "out of memory", "outofmemory", "status_alloc_failed")
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in words)
+
+
 def available_bytes(device: str) -> int:
     """Memory that can still be allocated: on the GPU, or within this process's control group."""
     if device == "cuda":

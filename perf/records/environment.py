@@ -23,8 +23,19 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: 'cuda' was asked for, but torch finds no such device")
+        raise ValueError(f"device: 'cuda' was asked for, but there is no GPU ({why_no_gpu()})")
     return device
+
+
+def why_no_gpu() -> str:
+    """Why torch uses no GPU, where `torch.cuda.is_available()` is false, and what to do."""
+    built = torch.version.cuda or torch.version.hip
+    if built is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return (
+        f"torch {torch.__version__} finds no GPU it can use: is the driver as new as its toolkit, "
+        f"{built}? nvidia-smi tells"
+    )
 
 
 def check_threads(threads: int) -> int:

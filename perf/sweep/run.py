@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pkm_triton.perf.measure.memory import available_bytes
+from pkm_triton.perf.measure.memory import available_bytes, is_out_of_memory
 from pkm_triton.perf.measure.timing import measure_group
 from pkm_triton.perf.measure.workload import Workload
 from pkm_triton.perf.records.environment import device_name, versions
@@ -259,7 +259,4 @@ def reason_to_skip(point: Point, rows: Sequence[Row], limits: Limits) -> str | N
 def _failure(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = text if len(text) <= 200 else text[:197] + "..."
-    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    )
-    return f"oom: {text}" if out_of_memory else f"failed: {type(error).__name__}: {text}"
+    return f"oom: {text}" if is_out_of_memory(error) else f"failed: {type(error).__name__}: {text}"

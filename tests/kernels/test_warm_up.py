@@ -12,6 +12,10 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import pkm_triton as pkm
 from pkm_triton.compiling import launches_of
+from pkm_triton.kernels.chip import INTERPRETER, as_if
+from pkm_triton.kernels.launches import recorded_launches
+from pkm_triton.perf.check import lookups
+from pkm_triton.perf.check.setting import Setting
 
 SIZES = {"num_subkeys": 4, "heads": 1, "top_k": 2, "query_dim": 4, "query_norm": "layer"}
 TOKENS = 2
@@ -143,6 +147,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 import pkm_triton as pkm
 from pkm_triton.compiling import launches_of
+from pkm_triton.kernels.chip import INTERPRETER, as_if
+from pkm_triton.kernels.launches import recorded_launches
+from pkm_triton.perf.check import lookups
+from pkm_triton.perf.check.setting import Setting
 from pkm_triton.kernels.launches import compile_launches
 
 class Driver:
@@ -182,3 +190,20 @@ def test_compiles_once_for_all_tokens_and_sub_keys(tmp_path):
     assert set(first) == {"select_kernel", "combine_kernel", "gather_values_kernel"}
     assert all(len(seconds) == 1 and seconds[0] > 0.01 for seconds in first.values())
     assert others == [{}] * len(others)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks into the interpreter")
+def test_a_check_names_what_it_will_launch(launched):
+    """What is compiled ahead of time is what the checks of the lookups then launch."""
+    setting = Setting(torch.device("cpu"), small=True, interpreted=True)
+    checks = [check for check in lookups.checks(setting) if check.launch is not None]
+    assert len(checks) >= 8
+    with as_if(INTERPRETER), recorded_launches() as launches:
+        for check in checks:
+            check.launch()
+    planned = {compiled_for(*launch) for launch in launches}
+    with pkm.use_backend("triton"):
+        for check in checks[:4] + checks[-2:]:
+            assert check.run().status == "PASS"
+    assert launched
+    assert launched <= planned

@@ -1,4 +1,5 @@
 import functools
+import importlib
 import json
 import os
 import signal
@@ -157,6 +158,14 @@ def test_a_missing_library_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["plot"]) == 2
     assert "pip install 'pkm-triton[perf]'" in capsys.readouterr().err
+    # What no extra has is installed by its own name.
+
+    def fail(*_):
+        raise ModuleNotFoundError("No module named 'numpy'", name="numpy")
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    assert main(["plot"]) == 2
+    assert capsys.readouterr().err.endswith("install it with: pip install numpy\n")
 
 
 def test_ctrl_c_leaves_a_valid_csv_and_says_how_to_go_on(tmp_path):
