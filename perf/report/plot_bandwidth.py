@@ -8,6 +8,7 @@ from matplotlib.ticker import PercentFormatter
 from pkm_triton.perf.records.sweep_row import Row
 
 from .plot_style import (
+    GREY,
     SERIES_STYLE,
     add_caption,
     add_legend,
@@ -47,8 +48,9 @@ def bandwidth_share(rows: Sequence[Row]) -> Figure | None:
                 [share_of_copy_in_graph(row) for row in alone],
                 color=colour,
                 linestyle="--",
-                label=f"{label}, kernels alone (CUDA graph)",
             )
+    if any(share_of_copy_in_graph(row) > 0 for row in found):
+        axis.plot([], [], color=GREY, linestyle="--", label="the kernels alone (CUDA graph)")
     sizes = sorted({row.num_slots for row in found})
     plain_log_axis(axis, "x", sizes, [slots_label(size) for size in sizes])
     axis.set_xlabel("memory size, slots")

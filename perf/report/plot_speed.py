@@ -1,12 +1,11 @@
 """Pictures of speed along one axis of the grid: memory size, top-k, heads, widths, dtypes, ..."""
 
-import statistics
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pkm_triton.perf.records.points import PASSES
+from pkm_triton.perf.records.points import IMPLEMENTATIONS, PASSES
 from pkm_triton.perf.records.sweep_row import Row
 
 from . import paper
@@ -33,6 +32,7 @@ NUMERIC = {
     "query_dim": "width of one head's query",
     "threads": "CPU threads",
 }
+OURS = IMPLEMENTATIONS[0]
 NAMED = ("dtype", "query_norm", "reads", "sparse_grad")
 _PAPER_STYLE = {"product": ("--", "product keys"), "flat": (":", "flat keys")}
 
@@ -55,8 +55,7 @@ def speed_against_size(rows: Sequence[Row]) -> Figure | None:
                 slowdown.plot(slots, relative, color=colour, marker=marker, markersize=5)
         if found[0].pass_name == "forward" and sizes & set(paper.TABLE_4_NUM_SUBKEYS):
             _add_paper(speed, slowdown)
-            sizes |= set(paper.TABLE_4_NUM_SUBKEYS)
-        _mark_launches(speed, found)
+        _mark_launches(speed, found, "num_slots")
         for axis in (speed, slowdown):
             ticks = [size**2 for size in sorted(sizes)]
             plain_log_axis(axis, "x", ticks, [slots_label(tick) for tick in ticks])
@@ -89,7 +88,7 @@ def speed_along(rows: Sequence[Row], axis: str) -> Figure | None:
             ticks = sorted({getattr(row, axis) for row in found if row.ok})
             plain_log_axis(panel, "x", ticks, [str(tick) for tick in ticks])
             panel.set_xlabel(NUMERIC[axis])
-            _mark_launches(panel, found)
+            _mark_launches(panel, found, axis)
             count_axis(panel)
         else:
             _bars(panel, found, axis)
@@ -132,14 +131,22 @@ def _bars(axis: Axes, found: Sequence[Row], field: str) -> None:
     axis.grid(False, axis="x")
 
 
-def _mark_launches(axis: Axes, found: Sequence[Row]) -> None:
+def _mark_launches(axis: Axes, found: Sequence[Row], field: str) -> None:
     """On a GPU: the speed that the CPU time of the launches allows, however quick the kernels."""
-    own = [row for row in found if row.ok and row.device == "cuda" and row.cpu_ms > 0]
-    own = [row for row in own if row.implementation == "pkm_triton"]
-    if own:
-        floor = statistics.median(row.tokens / row.cpu_ms * 1e3 for row in own)
-        label = "what launching the kernels allows"
-        axis.axhline(floor, color=GREY, linewidth=1, linestyle="-.", label=label)
+    speeds: dict[int, list[float]] = {}
+    for row in found:
+        if row.ok and row.device == "cuda" and row.cpu_ms > 0 and row.implementation == OURS:
+            speeds.setdefault(getattr(row, field), []).append(row.tokens / row.cpu_ms * 1e3)
+    if speeds:
+        places = sorted(speeds)
+        axis.plot(
+            places,
+            [max(speeds[place]) for place in places],
+            color=GREY,
+            linewidth=1,
+            linestyle="-.",
+            label="what launching the kernels allows",
+        )
 
 
 def _add_paper(speed: Axes, slowdown: Axes) -> None:

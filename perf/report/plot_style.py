@@ -115,20 +115,26 @@ def label_bars(axis: Axes, bars: BarContainer, labels: Sequence[str]) -> None:
 
 
 def add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend of all panels, which need not show the same series."""
+    """One legend of all panels, which need not show the same series, as wide as fits."""
     found = {
         label: handle
         for axis in axes
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(
-        handles=list(found.values()),
-        labels=list(found),
-        loc="outside upper center",
-        ncols=3,
-        fontsize=8,
-        frameon=False,
-    )
+    canvas: Any = figure.canvas
+    for columns in (3, 2, 1):
+        legend = figure.legend(
+            handles=list(found.values()),
+            labels=list(found),
+            loc="outside upper center",
+            ncols=columns,
+            fontsize=8,
+            frameon=False,
+        )
+        if legend.get_window_extent(canvas.get_renderer()).width <= figure.bbox.width:
+            return
+        if columns > 1:
+            legend.remove()
 
 
 def new_figure(

@@ -107,7 +107,7 @@ PRESETS = {
             {"heads": [1, 2, 4, 8], "implementation": _ON_CPU} | _ONE_NORM,
         ],
         gpu=_gpu_grids(
-            _GPU_SIZES, (256, 1024, 4096), (128, 256, 512, 1024), 16_384, IMPLEMENTATIONS
+            _GPU_SIZES, (128, 1024, 4096), (128, 256, 512, 1024), 16_384, IMPLEMENTATIONS
         ),
     ),
     "paper": Preset(

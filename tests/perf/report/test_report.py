@@ -5,11 +5,11 @@ import math
 import pytest
 
 from pkm_triton.perf.measure import roofline
-from pkm_triton.perf.records.points import DTYPES, Point
+from pkm_triton.perf.records.points import DTYPES, IMPLEMENTATIONS, Point
 from pkm_triton.perf.records.sweep_row import Row
 from pkm_triton.perf.report import compare
 from pkm_triton.perf.report.plot_bandwidth import bandwidth_share
-from pkm_triton.perf.report.plot_speed import speed_against_size
+from pkm_triton.perf.report.plot_speed import speed_against_size, speed_along
 from pkm_triton.perf.report.plot_step import crossing, reads_per_slot, step_against_reads
 from pkm_triton.perf.report.plot_style import (
     count_axis,
@@ -313,10 +313,40 @@ def test_on_a_gpu_the_launches_are_marked():
     rows = [gpu_row(num_subkeys=size, moved_bytes=1e9) for size in (512, 1024)]
     (speed, *_) = speed_against_size(rows).axes
     (line,) = [each for each in speed.get_lines() if "launching" in str(each.get_label())]
-    assert line.get_ydata()[0] == pytest.approx(16_384 / 0.5e-3)
+    assert list(line.get_xdata()) == [512**2, 1024**2]
+    assert list(line.get_ydata()) == pytest.approx([16_384 / 0.5e-3] * 2)
     rows = [a_row(num_subkeys=size, cpu_ms=0.5) for size in (512, 1024)]
     (speed, *_) = speed_against_size(rows).axes
     assert not any("launching" in str(each.get_label()) for each in speed.get_lines())
+
+
+def test_launches_of_few_tokens_allow_fewer():
+    rows = [gpu_row(tokens=tokens, cpu_ms=0.25) for tokens in (64, 1)]
+    (panel,) = speed_along(rows, "tokens").axes
+    (line,) = [each for each in panel.get_lines() if "launching" in str(each.get_label())]
+    assert list(line.get_xdata()) == [1, 64]
+    assert list(line.get_ydata()) == pytest.approx([4e3, 256e3])
+
+
+@pytest.mark.parametrize("draw", [bandwidth_share, lambda rows: speed_along(rows, "heads")])
+def test_a_legend_of_all_implementations_fits(draw):
+    shown = [name for name in IMPLEMENTATIONS if name != "product-key-memory"]
+    figures = {"moved_bytes": 8e9, "copy_bytes_per_s": 2e12, "graph_ms": 5.0}
+    rows = [
+        gpu_row(implementation=name, num_subkeys=size, **figures)
+        for name in shown
+        for size in (512, 1024)
+    ]
+    if draw is not bandwidth_share:
+        rows = [dataclasses.replace(row, num_subkeys=512, heads=row.num_subkeys // 128)
+                for row in rows]  # fmt: skip
+    figure = draw(rows)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) >= len(shown)
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
 
 
 def test_training_has_a_row_of_panels_of_its_own(size_rows):
@@ -350,11 +380,12 @@ def test_the_share_of_the_copy_is_drawn_with_that_of_the_kernels_alone():
         for size, alone in ((512, 8.0), (1024, 5.0))
     ]
     (axis,) = bandwidth_share(rows).axes
-    whole, alone = axis.get_lines()
+    whole, alone, named = axis.get_lines()
     assert list(whole.get_xdata()) == [512**2, 1024**2]
     assert list(whole.get_ydata()) == pytest.approx([0.4, 0.4])
     assert list(alone.get_ydata()) == pytest.approx([0.5, 0.8])
-    assert alone.get_label().endswith("kernels alone (CUDA graph)")
+    assert named.get_label() == "the kernels alone (CUDA graph)"
+    assert (alone.get_linestyle(), named.get_linestyle()) == ("--", "--")
     assert axis.get_ylabel() == "share of the measured copy"
     assert "(2,000 GB/s)" in axis.figure._supxlabel.get_text()
 

@@ -24,7 +24,7 @@ def test_the_default_follows_the_device():
     assert {point.top_k for point in points} == {8, 16, 32, 64, 128}
     assert {point.heads for point in points} == {1, 2, 4, 8}
     assert {point.implementation for point in points} == set(IMPLEMENTATIONS)
-    assert {p.num_subkeys for p in points if p.implementation == "textbook-tuned"} >= {256, 4096}
+    assert {p.num_subkeys for p in points if p.implementation == "textbook-tuned"} >= {128, 4096}
     assert {p.tokens for p in make_points("default", {}, device="cpu", all_threads=2)} == {512}
 
 
