@@ -7,23 +7,26 @@ import torch
 from torch import Tensor, nn
 
 EXTRA_STATE = "_extra_state"
+# What torch.compile and torch's checkpoint_wrapper call the module within.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model within what torch.compile and data parallelism put around it."""
+    """The model within what torch.compile, checkpointing and data parallelism put around it."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
+        inner = next((name for name in _WRAPPED if name in model._modules), None)
         if isinstance(model, wrappers):
             model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
+        elif inner is not None:
+            model = model.get_submodule(inner)
         else:
             return model
 
 
 def plain_name(name: str) -> str:
-    """A name without what torch.compile adds to it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    """A name without what torch.compile and checkpointing add to it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def is_plain(part: Any) -> bool:

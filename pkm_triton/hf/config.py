@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 METHOD = "pkm_triton"
@@ -40,7 +43,12 @@ class MemoryConfig(QuantizationConfigMixin):
         self.dtype = dtype
         self.inner = inner
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """As a dict's: transformers reads the config of a live model as that of a file."""
+        return getattr(self, name, default)
 
+
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)  # of an earlier import of this module
 register_quantization_config(METHOD)(MemoryConfig)
 
 

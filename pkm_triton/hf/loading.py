@@ -5,12 +5,30 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
-from transformers.quantizers.auto import AutoHfQuantizer, register_quantizer
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
+
+from pkm_triton.memory import _KeyValueMemory
 
 from .config import METHOD, MemoryConfig, without_guard, write
 from .memories import build
+
+# The options of `from_pretrained` that say where a config lies, too.
+_WHERE = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
 
 
 def from_pretrained(path: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
@@ -30,7 +48,10 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> PreTrainedM
         ValueError: if its config names no memories, or no class of transformers.
         OSError: if there is no such model.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = options.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        where = {name: options[name] for name in _WHERE if name in options}
+        config = AutoConfig.from_pretrained(path if config is None else config, **where)
     found = getattr(config, "quantization_config", None) or {}
     if found.get("quant_method") != METHOD:
         raise ValueError(
@@ -105,6 +126,9 @@ class MemoryQuantizer(HfQuantizer):
             self.inner.postprocess_model(model, **options)
         else:
             self.remove_quantization_config(model)
+        for module in model.modules():
+            if isinstance(module, _KeyValueMemory):
+                vars(module).pop("_initialise", None)
         write(model, self.memories)
         return model
 
@@ -118,4 +142,5 @@ class MemoryQuantizer(HfQuantizer):
         return True
 
 
+AUTO_QUANTIZER_MAPPING.pop(METHOD, None)  # of an earlier import of this module
 register_quantizer(METHOD)(MemoryQuantizer)

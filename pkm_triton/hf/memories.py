@@ -1,5 +1,6 @@
 """Put memories into models of transformers, and describe them in their config."""
 
+import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from pkm_triton import sharing
 from pkm_triton._kinds import KINDS, described
 from pkm_triton._layer_checks import check_list
+from pkm_triton._state import plain_name
 from pkm_triton.memory import ProductKeyMemory, _KeyValueMemory
 from pkm_triton.replace import check_no_memory, put_memory, replace_ffn
 
@@ -39,7 +41,7 @@ def add_memories(
         ffn: name of the FFN within a layer (see `replace_ffn`).
         kind: `ProductKeyMemory`, `FlatKeyMemory` or `ProductKeyExperts`.
         share_values: whether the memories share one table of values (experts both tables).
-        **options: arguments of `kind` but for `dim`, which is the model's width.
+        **options: arguments of `kind` but for `dim` and `dtype`, which are the model's.
 
     Returns:
         The memories, in the order of the layers.
@@ -86,7 +88,7 @@ def _options(kind: type[nn.Module]) -> list[str]:
     for each in kind.__mro__:
         if issubclass(each, _KeyValueMemory) and "__init__" in vars(each):
             for name, parameter in inspect.signature(each).parameters.items():
-                if parameter.kind is not parameter.VAR_KEYWORD and name != "dim":
+                if parameter.kind is not parameter.VAR_KEYWORD and name not in ("dim", "dtype"):
                     names[name] = None
     return list(names)
 
@@ -97,13 +99,21 @@ def write_config(model: PreTrainedModel) -> None:
     `add_memories` does this. Call it yourself for memories put in otherwise, or after changing
     which tables they share or their dtypes.
 
+    Args:
+        model: a model of transformers. What `torch.compile` or `checkpoint_wrapper` put around
+            parts of it is left out.
+
     Raises:
-        TypeError: if a memory is of a class of your own, or has an adapter within, so that it could
-            not be built again.
-        ValueError: if one memory stands in two places; two may share their values.
+        TypeError: if the model is none of transformers, or a memory is of a class of your own, or
+            has an adapter within, so that it could not be built again.
+        ValueError: if the model has no memories, or one memory stands in two places; two may share
+            their values.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a PreTrainedModel, not {type(model).__name__}")
     names: dict[_KeyValueMemory, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
+        name = plain_name(name)
         if isinstance(module, _KeyValueMemory):
             if module in names:
                 raise ValueError(
@@ -111,6 +121,8 @@ def write_config(model: PreTrainedModel) -> None:
                     "cannot save: give each layer its own, and let them share their values"
                 )
             names[module] = name
+    if not names:
+        raise ValueError("model has no memories to write into its config")
     groups: dict[int, list[str]] = defaultdict(list)
     for module, name in names.items():
         for key, parameter in module.named_parameters():
@@ -163,9 +175,21 @@ def build(model: PreTrainedModel, config: MemoryConfig, dtype: torch.dtype | Non
         if place is None:
             raise ValueError(f"config has a memory at {name!r}, which the model has not")
         made.train(modules[place].training)
+        # Until it is loaded; deleted by `MemoryQuantizer.postprocess_model`.
+        vars(made)["_initialise"] = functools.partial(_refuse, place, made)
         put_memory(model, place, made)
         built |= {f"{name}.{key}": f"{place}.{key}" for key, _ in made.named_parameters()}
     tie(model, [[built[name] for name in names] for names in config.shared])
+
+
+def _refuse(place: str, memory: nn.Module, loaded: set[torch.Tensor]) -> None:
+    """In place of initialising what was not loaded: a memory of a config has its weights."""
+    tensors = (*memory.named_parameters(), *memory.named_buffers())
+    lacking = [f"{place}.{name}" for name, tensor in tensors if tensor not in loaded]
+    raise ValueError(
+        f"the config has a memory at {place!r}, but the weights have no {', '.join(lacking)}: was "
+        "that part compiled or parametrized, or the model made by from_config, when it was saved?"
+    )
 
 
 def tie(model: PreTrainedModel, shared: Sequence[Sequence[str]]) -> None:

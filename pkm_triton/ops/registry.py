@@ -6,6 +6,7 @@ the `torch.autograd.Function`s outside of them.
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -35,10 +36,13 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.pkm_triton, name).default
     torch.library.register_fake(f"pkm_triton::{name}", fake, lib=LIBRARY, allow_override=True)
-    for device in ("CPU", "CUDA", "MPS", "XPU"):
-        LIBRARY.impl(name, run, device, allow_override=True)
-        in_full = functools.partial(_without_autocast, op, device.lower())
-        LIBRARY.impl(name, in_full, f"Autocast{device}", allow_override=True)
+    with warnings.catch_warnings():
+        # Torch warns of what `allow_override` asks for, at the first override of a process.
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        for device in ("CPU", "CUDA", "MPS", "XPU"):
+            LIBRARY.impl(name, run, device, allow_override=True)
+            in_full = functools.partial(_without_autocast, op, device.lower())
+            LIBRARY.impl(name, in_full, f"Autocast{device}", allow_override=True)
     return op
 
 

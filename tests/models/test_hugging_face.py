@@ -1,3 +1,4 @@
+import copy
 import json
 import subprocess
 import sys
@@ -5,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 pytest.importorskip("transformers")
 
@@ -242,6 +244,9 @@ def test_a_config_without_memories(tmp_path):
         (None, {"share_values": 1}, TypeError, "share_values is 1, but must be True or False"),
         (None, {"wings": 2}, TypeError, "'wings' is no option of ProductKeyMemory: value_dim"),
         (None, {"dim": 32}, TypeError, "'dim' is no option of ProductKeyMemory: value_dim, num"),
+        (None, {"dtype": torch.float64}, TypeError, "'dtype' is no option of ProductKeyMemory"),
+        (None, {"device": "meta"}, ValueError, "device is 'meta', but must be one that holds data"),
+        (None, {"ffn": ""}, ValueError, "ffn is '', but must name a module within a layer"),
         (None, {"gate": "relu"}, TypeError, "'gate' is no option of ProductKeyMemory"),
         (None, {"layers": []}, ValueError, "layers is empty, but must name at least one"),
         (None, {"layers": 1}, TypeError, "layers must be a sequence of integers"),
@@ -330,3 +335,75 @@ def test_a_quantised_model_keeps_its_quantiser(tmp_path):
     assert loaded.is_quantized
     loaded.save_pretrained(tmp_path / "again")
     assert_same(pkm.hf.from_pretrained(tmp_path / "again"), model, outputs=False)
+
+
+def test_where_a_model_lies_and_its_config(tmp_path):
+    model = trained(llama)
+    model.save_pretrained(tmp_path / "within")
+    assert_same(pkm.hf.from_pretrained(tmp_path, subfolder="within"), model)
+    other = llama()
+    other.config.num_hidden_layers = 1
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="names no memories"):
+        pkm.hf.from_pretrained(tmp_path)
+    assert_same(pkm.hf.from_pretrained(tmp_path, subfolder="within"), model)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "within")
+    assert_same(pkm.hf.from_pretrained(tmp_path / "within", config=config), model)
+    config = copy.deepcopy(model.config)
+    assert_same(pkm.hf.from_pretrained(tmp_path / "within", config=model.config), model)
+    assert model.config.to_dict() == config.to_dict()
+
+
+def parametrized(model):
+    nn.utils.parametrizations.weight_norm(memories(model)[0], "values")
+    return model
+
+
+def compiled(model):
+    model.model.layers[0].mlp = torch.compile(model.model.layers[0].mlp, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [parametrized, compiled, lambda m: transformers.AutoModelForCausalLM.from_config(m.config)],
+    ids=["parametrized", "compiled", "from_config"],
+)
+def test_a_memory_without_its_weights_is_not_made_up(change, tmp_path):
+    change(trained(llama)).save_pretrained(tmp_path)
+    for load in loaders(transformers.LlamaForCausalLM):
+        with pytest.raises(
+            ValueError, match=r"'model.layers.0.mlp', but the weights have no .*val"
+        ):
+            load(tmp_path)
+
+
+def test_what_is_loaded_may_be_initialised_and_copied(tmp_path):
+    trained(llama).save_pretrained(tmp_path)
+    memory = copy.deepcopy(memories(pkm.hf.from_pretrained(tmp_path))[0])
+    memory._initialise(set())
+    assert memory.values.std() > 0
+
+
+def test_names_without_what_wraps_a_module(tmp_path):
+    model = trained(llama)
+    before = model.config.quantization_config.to_dict()
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    compiled_memory = torch.compile(model.model.layers[2].mlp, backend="eager")
+    model.model.layers[2].mlp = compiled_memory
+    pkm.hf.write_config(model)
+    assert model.config.quantization_config.to_dict() == before
+    model.model.layers[2].mlp = compiled_memory._orig_mod
+    model.save_pretrained(tmp_path)
+    loaded = pkm.hf.from_pretrained(tmp_path)
+    for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_nothing_to_write():
+    model = llama()
+    with pytest.raises(ValueError, match="model has no memories to write into its config"):
+        pkm.hf.write_config(model)
+    assert getattr(model.config, "quantization_config", None) is None
+    with pytest.raises(TypeError, match="model must be a PreTrainedModel, not Linear"):
+        pkm.hf.write_config(nn.Linear(2, 2))

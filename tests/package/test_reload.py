@@ -71,6 +71,55 @@ assert torch.equal(loaded[0].values, model[0].values)
 @pytest.mark.slow
 def test_imported_again():
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", AGAIN], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error:Warning only once", "-c", AGAIN],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "fine\n", done.stderr
+
+
+HUGGING_FACE = """
+import importlib, sys
+import transformers
+import pkm_triton.hf
+
+def forget():
+    for name in list(sys.modules):
+        if name.startswith("pkm_triton"):
+            del sys.modules[name]
+
+def reload():
+    for name, module in sorted(sys.modules.items()):
+        if name.startswith("pkm_triton.hf"):
+            importlib.reload(module)
+
+for step in (forget, reload):
+    step()
+    import pkm_triton as pkm
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
+    pkm.hf.add_memories(model, [1], num_subkeys=4, top_k=2, query_dim=4)
+    model.save_pretrained(sys.argv[1])
+    for loaded in (
+        pkm.hf.from_pretrained(sys.argv[1]),
+        transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]),
+    ):
+        assert type(loaded.model.layers[0].mlp) is pkm.ProductKeyMemory
+print("fine")
+"""
+
+
+def test_what_transformers_knows_is_the_last_that_was_imported(tmp_path):
+    pytest.importorskip("transformers")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", HUGGING_FACE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout == "fine\n", done.stderr
