@@ -1,7 +1,8 @@
 """What torch's parametrizations and transformers ask of a module with parameters of its own."""
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -22,7 +23,15 @@ class _AnyName(nn.ModuleDict):
 
 
 class HostedModule(nn.Module):
-    """A module with parameters of its own, whose names may be `values` and `keys`."""
+    """A module with parameters of its own, whose names may be `values` and `keys`.
+
+    Attributes:
+        table_names: those of its parameters that several modules may share.
+        pool: the modules that share these, this one among them; empty if none do.
+    """
+
+    table_names: ClassVar[tuple[str, ...]]
+    pool: "Sequence[HostedModule]" = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "parametrizations" and type(value) is nn.ModuleDict:
@@ -51,4 +60,14 @@ class HostedModule(nn.Module):
             loaded = {t for t in tensors if getattr(t, "_is_hf_initialized", False)}
             if loaded != tensors:
                 self._initialise(loaded)
+                self._share_again(loaded)
         self.__dict__["_initialised"] = value
+
+    def _share_again(self, loaded: set[Tensor]) -> None:
+        """Loading made a parameter of each name; one that a checkpoint held is kept."""
+        pool = [module for module in self.pool if module.pool is self.pool]
+        for name in self.table_names:
+            tables = [getattr(module, name) for module in pool]
+            if pool and getattr(self, name) not in loaded:
+                held = (t for t in tables if getattr(t, "_is_hf_initialized", False))
+                setattr(self, name, next(held, tables[0]))

@@ -252,8 +252,8 @@ class _KeyValueMemory(HostedModule, ABC):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies are not counted by those who count this layer."""
-        return {**self.__dict__, "usages": [], "layer_mask": None}
+        """Copies are not counted by those who count this layer, and bring no other along."""
+        return {**self.__dict__, "usages": [], "layer_mask": None, "pool": ()}
 
     def extra_repr(self) -> str:
         """The layer's sizes."""

@@ -1,6 +1,7 @@
 """One pool of values for several memories (Berges et al. 2024)."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -25,7 +26,9 @@ def share_values(layers: Iterable[nn.Module]) -> tuple[nn.Parameter, ...]:
         ValueError: if there is none, or a table differs in shape, dtype, device, the form of its
             gradient, or its sharding; nothing has been shared then.
     """
-    memories = list(layers)
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be memories, not {type(layers).__name__}")
+    memories: list[Any] = list(layers)
     if not memories:
         raise ValueError("layers is empty: there is nothing to share")
     first = memories[0]
@@ -53,7 +56,8 @@ def share_values(layers: Iterable[nn.Module]) -> tuple[nn.Parameter, ...]:
                 f"{first.sparse_grad!r}: gradients of one table must be of one form"
             )
     assert isinstance(first, _KeyValueMemory)
-    for layer in memories[1:]:
+    for layer in memories:
+        layer.pool = memories
         for name in first.table_names:
             setattr(layer, name, getattr(first, name))
     return first.tables

@@ -1,6 +1,7 @@
 """The layers within what others build around modules: parametrizations, PEFT, transformers."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -177,3 +178,85 @@ def test_adapters_for_the_table_of_values():
     grads = [p.grad for p in adapted.parameters() if p.requires_grad]
     assert any(g is not None and g.abs().sum() > 0 for g in grads)
     assert torch.equal(memory.get_base_layer().values.detach(), values)
+
+
+@KINDS
+@pytest.mark.parametrize("held", [(), (1,), (2,)], ids=["none", "the first", "the second"])
+def test_tables_shared_in_init_stay_shared(kind, held, tmp_path):
+    """Loading makes a parameter of each name."""
+    llama, config = tiny_llama()
+
+    class WithMemories(llama):
+        def __init__(self, config):
+            super().__init__(config)
+            for layer in self.model.layers:
+                layer.mlp = kind(32, num_subkeys=16, query_dim=16)
+            pkm.share_values([layer.mlp for layer in self.model.layers])
+
+    whole = WithMemories(config)
+    gone = {
+        f"model.layers.{i}.mlp.{name}"
+        for i in {0, 1} - {i - 1 for i in held}
+        for name in kind.table_names
+    }
+    state = {k: t.clone() for k, t in whole.state_dict().items() if k not in gone}
+    whole.save_pretrained(tmp_path, state_dict=state)
+    loaded = WithMemories.from_pretrained(tmp_path)
+    first, second = (layer.mlp for layer in loaded.model.layers)
+    for ours, theirs, before in zip(
+        first.tables, second.tables, whole.model.layers[0].mlp.tables, strict=True
+    ):
+        assert ours is theirs
+        assert torch.equal(ours, before) == bool(held)
+        assert ours.detach().std().item() == pytest.approx(32**-0.5, rel=0.1)
+    assert first.query_net is not second.query_net
+
+
+def test_a_class_that_shares_tables_saves_them_once(tmp_path):
+    llama, config = tiny_llama()
+
+    class WithMemories(llama):
+        _tied_weights_keys: ClassVar = {"model.layers.1.mlp.values": "model.layers.0.mlp.values"}
+
+        def __init__(self, config):
+            super().__init__(config)
+            layers = self.model.layers
+            for layer in layers:
+                layer.mlp = pkm.ProductKeyMemory(32, num_subkeys=16, query_dim=16)
+            pkm.share_values([layer.mlp for layer in layers])
+
+    model = WithMemories(config)
+    model.save_pretrained(tmp_path)
+    loaded = WithMemories.from_pretrained(tmp_path)
+    first, second = (layer.mlp for layer in loaded.model.layers)
+    assert first.values is second.values
+    assert torch.equal(first.values, model.model.layers[1].mlp.values)
+
+
+def test_a_copy_brings_no_other_along():
+    layers = [pkm.ProductKeyMemory(8, **SIZES) for _ in range(2)]
+    pkm.share_values(layers)
+    assert len(copy.deepcopy(layers[0]).pool) == 0
+    assert [len(layer.pool) for layer in layers] == [2, 2]
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True, "factored"])
+def test_an_adapter_that_keeps_the_statistics_of_a_batch_norm(sparse_grad, tmp_path):
+    peft = pytest.importorskip("peft")
+    llama, config = tiny_llama()
+
+    def build():
+        torch.manual_seed(0)
+        model = llama(config)
+        pkm.hf.add_memories(model, [2], num_subkeys=16, query_dim=16, sparse_grad=sparse_grad)
+        return model
+
+    lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["query_net.norm"])
+    model = peft.get_peft_model(build(), lora)
+    ids = torch.randint(0, 64, (2, 8))
+    model(input_ids=ids, labels=ids).loss.backward()  # moves the statistics
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(build(), tmp_path).eval()
+    plain = build().eval()(input_ids=ids).logits
+    assert torch.equal(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    assert not torch.equal(plain, again(input_ids=ids).logits)
