@@ -96,8 +96,8 @@ class QueryNetwork(nn.Module):
             raise ValueError(f"x must have shape [..., {self.dim}], not {list(x.shape)}")
         check_meets(x, next(iter(self.layers)))
         query: Tensor = self.layers(x)
-        if isinstance(self.norm, nn.modules.batchnorm._BatchNorm):
-            # It may have become torch's synchronised one since.
+        if self.norm_name == "batch":
+            # It may be torch's synchronised one now, or wrapped in an adapter.
             rows = query.reshape(math.prod(x.shape[:-1]), query.shape[-1])
             query = batch_norm(self.norm, rows, None if mask is None else mask.flatten())
             return query.view(*x.shape[:-1], self.heads, self.query_dim)

@@ -86,3 +86,26 @@ class TestSyncBatchNorm:
             converted.named_buffers(), network.named_buffers(), strict=False
         ):
             torch.testing.assert_close(one, other[1], msg=name)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_batch_norm_within_an_adapter(training):
+    """As PEFT's `modules_to_save` puts it: the way to keep its statistics with an adapter."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, *args):
+            return self.norm(*args)
+
+    net = QueryNetwork(8, 2, 6).train(training)
+    wrapped = copy.deepcopy(net)
+    wrapped.norm = Wrapper(wrapped.norm)
+    x, mask = torch.randn(5, 8), torch.tensor([True, True, False, True, True])
+    for given in (None, mask):
+        ours, theirs = wrapped(x, given), net(x, given)
+        torch.testing.assert_close(ours[mask], theirs[mask])
+    torch.testing.assert_close(wrapped.norm.norm.running_mean, net.norm.running_mean)
+    torch.testing.assert_close(wrapped.norm.norm.running_var, net.norm.running_var)
