@@ -13,7 +13,7 @@ from ._files import read_tensors, write_tensors
 from ._kinds import described
 from ._layer_checks import check_module
 from ._saved_model import SavedModel
-from ._state import is_sharded, plain_name, savable, shared, unwrapped
+from ._state import is_plain, is_sharded, plain_name, savable, shared, unwrapped
 from .memory import _KeyValueMemory
 from .replace import absorbed_modules, put_memory
 
@@ -39,8 +39,8 @@ def save_with_memory(model: nn.Module, path: str | os.PathLike[str], group: Any 
 
     Args:
         model: any model whose memories are `ProductKeyMemory`, `FlatKeyMemory` or
-            `ProductKeyExperts` layers. What `torch.compile` or a data-parallel wrapper put around
-            it, or around parts of it, is left out.
+            `ProductKeyExperts` layers. What `torch.compile`, `checkpoint_wrapper` or a
+            data-parallel wrapper put around it, or around parts of it, is left out.
         path: the file; its folder must exist. It is one of `torch.save`, so its name may end in
             anything but ".safetensors", by which other libraries choose how to read a file.
         group: of a sharded model: the process group of all its ranks; None: the default.
@@ -86,8 +86,9 @@ def load_with_memory(
 
     Raises:
         ValueError: if the file is none of `save_with_memory`, is damaged, or was saved from a model
-            of another configuration, or the model has parameters on the meta device, shares
-            parameters which the file has apart, or is compiled in part. The model is as it was.
+            of another configuration, or the model has parameters on the meta device, or quantised
+            ones, shares parameters which the file has apart, or is compiled, or wrapped for
+            checkpointing, where a memory is to go. The model is as it was.
         OSError: if the file cannot be read.
     """
     check_module("model", model)
@@ -136,12 +137,7 @@ def _prepared(
         saved = SavedModel(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is broken: {error}") from None
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise ValueError(
-                f"model has {name!r} on the meta device: give it memory first, as "
-                "model.to_empty(device='cpu') does"
-            )
+    _check_takes_tensors(model)
     memories = {}
     for names, kind, arguments in saved.memories:
         memory = _found(model, names, kind, arguments, path)
@@ -180,6 +176,20 @@ def _put(
     model.load_state_dict(state)
 
 
+def _check_takes_tensors(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"model has {name!r} on the meta device: give it memory first, as "
+                "model.to_empty(device='cpu') does"
+            )
+        if not is_plain(tensor.detach()) and not is_sharded(tensor):
+            raise ValueError(
+                f"model has {name!r} as a {type(tensor.detach()).__name__}, but must have plain "
+                "tensors or DTensors: load first, then quantise"
+            )
+
+
 def _found(
     model: nn.Module,
     names: Iterable[str],
@@ -197,6 +207,12 @@ def _found(
                 f"model has no module {name!r}, where {str(path)!r} has a memory"
             ) from None
         if not isinstance(present, _KeyValueMemory):
+            parent, _, attribute = name.rpartition(".")
+            if attribute not in model.get_submodule(parent)._modules:
+                raise ValueError(
+                    f"model is compiled, or wrapped for checkpointing, around {name!r}, where "
+                    f"{str(path)!r} has a memory: load first"
+                )
             continue
         if type(present) is not kind or present.arguments() != arguments:
             raise ValueError(
@@ -261,7 +277,8 @@ def _check_ties(
     """What the file shares are parameters, and the model shares nothing else."""
     gone = [*memories, *(name for place in memories for name in absorbed_modules(model, place))]
     names: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for wrapped, parameter in model.named_parameters(remove_duplicate=False):
+        name = plain_name(wrapped)
         if not any(name.startswith(f"{each}.") for each in gone):
             names[id(parameter)].append(name)
     for place, memory in memories.items():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from small_models import HUGGING_FACE, make_memory
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import pkm_triton as pkm
 from pkm_triton import _files, checkpoints
@@ -339,15 +340,29 @@ def compiled(model):
     return torch.compile(model, backend="eager")
 
 
+def checkpoint_memory(layer):
+    layer.ffn = checkpoint_wrapper(layer.ffn)
+    return layer
+
+
+def within(model, wrap):
+    """The model, its first layer wrapped."""
+    model.layers[0] = wrap(model.layers[0])
+    return model
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
         compiled,
         nn.DataParallel,
         lambda model: compiled(nn.DataParallel(model)),
-        lambda model: (model.layers.__setitem__(0, compiled(model.layers[0])), model)[1],
+        lambda model: within(model, compiled),
+        checkpoint_wrapper,
+        lambda model: within(model, checkpoint_wrapper),
+        lambda model: within(model, checkpoint_memory),
     ],
-    ids=["compiled", "parallel", "both", "compiled in part"],
+    ids=["compiled", "parallel", "both", "part", "checkpointed", "cp. layer", "cp. memory"],
 )
 def test_wrappers_are_left_out(wrap, tmp_path):
     model = with_memories(own())
@@ -365,10 +380,36 @@ def test_loading_into_a_wrapped_model(tmp_path):
     assert_same_bits(wrapped._orig_mod, model)
 
 
-def test_sharded_state_is_refused(tmp_path):
-    class Shard(torch.Tensor):
-        pass
+@pytest.mark.parametrize("wrap", [compiled, checkpoint_wrapper])
+def test_loading_where_a_layer_is_wrapped(wrap, tmp_path):
+    model = with_memories(own())
+    save_with_memory(model, tmp_path / "model.pt")
+    other = within(own(), wrap)
+    state, modules = copied(other), list(other.modules())
+    with pytest.raises(ValueError, match=r"wrapped for checkpointing, around 'layers.0.ffn', whe"):
+        load_with_memory(other, tmp_path / "model.pt")
+    assert unchanged(other, state)
+    assert list(other.modules()) == modules
+    if wrap is checkpoint_wrapper:  # and its memories are there already
+        other = load_with_memory(within(with_memories(own()), wrap), tmp_path / "model.pt")
+        assert_same_bits(other, model)
 
+
+class Shard(torch.Tensor):
+    pass
+
+
+def test_a_model_of_other_tensors_is_left_as_it_is(tmp_path):
+    save_with_memory(with_memories(own()), tmp_path / "model.pt")
+    model = own()
+    model.tokens.weight = nn.Parameter(model.tokens.weight.detach().as_subclass(Shard))
+    modules = list(model.modules())
+    with pytest.raises(ValueError, match=r"has 'tokens.weight' as a Shard, but must have plain"):
+        load_with_memory(model, tmp_path / "model.pt")
+    assert list(model.modules()) == modules
+
+
+def test_sharded_state_is_refused(tmp_path):
     model = with_memories(own())
     model.tokens.weight = nn.Parameter(model.tokens.weight.detach().as_subclass(Shard))
     with pytest.raises(TypeError, match=r"'tokens.weight' is a Shard, but must be a plain tensor"):
