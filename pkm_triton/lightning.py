@@ -19,13 +19,16 @@ class MemoryModuleMixin:
     stays Lightning's, for dense gradients; of others it raises ValueError. Needs Lightning 2.
     """
 
-    def configure_gradient_clipping(
+    def clip_gradients(
         self: Any,
         optimizer: Any,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients of an optimiser's parameters; called by the `Trainer`."""
+        """Clip the gradients of an optimiser's parameters.
+
+        Called by the `Trainer`; in manual optimisation by you.
+        """
         trainer = self.trainer
         value = trainer.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
         algorithm = gradient_clip_algorithm or trainer.gradient_clip_algorithm or "norm"
@@ -39,7 +42,7 @@ class MemoryModuleMixin:
                     f"gradient_clip_algorithm is {name!r}, but must be 'norm' for sparse and "
                     "factored gradients (sparse_grad=True or 'factored')"
                 )
-            super().configure_gradient_clipping(  # pyright: ignore[reportAttributeAccessIssue]
+            super().clip_gradients(  # pyright: ignore[reportAttributeAccessIssue]
                 optimizer, gradient_clip_val, gradient_clip_algorithm
             )
         elif value:

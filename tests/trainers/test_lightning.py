@@ -80,3 +80,31 @@ def test_clipping_by_value_stays_lightnings(tmp_path):
 def test_clipping_by_value_is_refused_for_other_gradients(form, tmp_path):
     with pytest.raises(ValueError, match="gradient_clip_algorithm is 'value', but must be 'norm'"):
         fit(Model(form), tmp_path, gradient_clip_algorithm="value", gradient_clip_val=1e-3)
+
+
+class ByHand(Model):
+    """Two optimisers, which Lightning steps by hand alone."""
+
+    def __init__(self, sparse_grad):
+        super().__init__(sparse_grad)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        rest, values = pkm.param_groups(self, 0.01, 0.05)
+        return torch.optim.Adam([rest]), pkm.optim.SparseAdam([values])
+
+    def training_step(self, batch, index):
+        self.manual_backward(super().training_step(batch, index))
+        for optimiser in self.optimizers():
+            self.clip_gradients(optimiser, 0.5, "norm")
+            parameters = (p for group in optimiser.param_groups for p in group["params"])
+            self.norms.append(float(pkm.optim.clip_grad_norm_(parameters, torch.inf)))
+            optimiser.step()
+            optimiser.zero_grad()
+
+
+@pytest.mark.parametrize("form", [False, True, "factored"])
+def test_clips_in_manual_optimisation(form, tmp_path):
+    model = ByHand(form)
+    fit(model, tmp_path, gradient_clip_val=None)
+    assert model.norms == pytest.approx([0.5] * 6, rel=1e-2)
