@@ -1,5 +1,6 @@
 """Clipping of all kinds of gradients together, by their global norm."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +16,7 @@ from .sharded_gradient import ShardedGradient
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
-    norm_type: float = 2.0,
+    norm_type: float | str = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
@@ -29,7 +30,7 @@ def clip_grad_norm_(
     Args:
         parameters: those whose gradients are scaled, in place, if their norm is larger.
         max_norm: the largest norm allowed; infinity to have the norm alone.
-        norm_type: the p of the p-norm; may be infinity.
+        norm_type: the p of the p-norm; may be infinity, also as "inf".
         error_if_nonfinite: raise if the norm is NaN or infinite; nothing has been scaled then.
         foreach: whether to take dense and sparse gradients many at a time; None: where that is
             faster.
@@ -38,19 +39,19 @@ def clip_grad_norm_(
         The norm before scaling, a tensor of one element.
 
     Raises:
+        TypeError: if parameters hold anything but tensors, or max_norm or norm_type is no number.
         ValueError: if max_norm or norm_type is not above 0.
         RuntimeError: if the norm is not finite and error_if_nonfinite is set.
     """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm is {max_norm}, but must be above 0")
-    if not norm_type > 0:
-        raise ValueError(f"norm_type is {norm_type}, but must be above 0")
+    norm_type = _above_zero("norm_type", math.inf if norm_type == "inf" else norm_type)
+    max_norm = _above_zero("max_norm", max_norm)
+    parameters = _tensors(parameters)
     dense: list[Tensor] = []
     sharded: list[Any] = []
     factored: list[FactoredGradient] = []
     scaled: list[Tensor] = []
     norms: list[Tensor] = []
-    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
+    for parameter in parameters:
         grad = parameter.grad
         if grad is None:
             continue
@@ -85,6 +86,26 @@ def clip_grad_norm_(
     for grad in (*factored, *scaled):
         grad.mul_(scale)
     return norm
+
+
+def _above_zero(name: str, value: Any) -> float:
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number above 0, not {value!r}")
+    if not float(value) > 0:
+        raise ValueError(f"{name} is {value}, but must be above 0")
+    return float(value)
+
+
+def _tensors(parameters: Any) -> list[Tensor]:
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters must be tensors, not {type(parameters).__name__}")
+    tensors = list(parameters)
+    for index, each in enumerate(tensors):
+        if not isinstance(each, Tensor):
+            raise TypeError(f"parameters[{index}] must be a tensor, not {type(each).__name__}")
+    return tensors
 
 
 def _coalesced(grad: Tensor) -> Tensor:

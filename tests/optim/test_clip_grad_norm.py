@@ -35,7 +35,7 @@ CLIPS = {
 
 
 @pytest.mark.parametrize("foreach", [None, False, True])
-@pytest.mark.parametrize("norm_type", [2.0, 1.0, torch.inf])
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, torch.inf, "inf"])
 @pytest.mark.parametrize("max_norm", [0.1, 1e6, torch.inf])
 @pytest.mark.parametrize("name", CLIPS)
 def test_as_torch_on_dense_gradients(name, max_norm, norm_type, foreach):
@@ -105,5 +105,14 @@ def test_nothing_to_clip_and_bad_arguments():
         clip_grad_norm_(parameter, 1.0, error_if_nonfinite=True)
     with pytest.raises(ValueError, match="max_norm is -1"):
         clip_grad_norm_(parameter, -1)
+    for bad in ("1", None):
+        with pytest.raises(TypeError, match=f"max_norm must be a number above 0, not {bad!r}"):
+            clip_grad_norm_([parameter], bad)
+    with pytest.raises(TypeError, match="norm_type must be a number above 0, not 'two'"):
+        clip_grad_norm_([parameter], 1.0, "two")
+    with pytest.raises(TypeError, match="parameters must be tensors, not NoneType"):
+        clip_grad_norm_(None, 1.0)
+    with pytest.raises(TypeError, match=r"parameters\[1\] must be a tensor, not Linear"):
+        clip_grad_norm_([parameter, nn.Linear(2, 2)], 1.0)
     with pytest.raises(ValueError, match="norm_type is 0"):
         clip_grad_norm_(parameter, 1, 0)
