@@ -18,26 +18,28 @@ def check_called_as_a_map(layer: nn.Module, ffn: str) -> None:
     Raises:
         ValueError: if it hands over more than x, or takes more than y.
     """
+    reason = _no_map(layer, ffn)
+    if reason is not None:
+        raise ValueError(f"ffn is {ffn!r}, {reason}: a memory is y = f(x). {candidates(layer)}")
+
+
+def _no_map(layer: nn.Module, ffn: str) -> str | None:
+    """Why the module `ffn` is not called as y = ffn(x); None if it is, or nothing tells."""
     parent_name, _, name = ffn.rpartition(".")
     parent, module = layer.get_submodule(parent_name), layer.get_submodule(ffn)
     for call, unpacked in _calls(type(parent), name):
         if unpacked or len(call.args) != 1 or call.keywords:
             told = "takes apart what it returns" if unpacked else "hands over more than x"
-            raise ValueError(
-                f"ffn is {ffn!r}, but {type(parent).__name__} {told}, {ast.unparse(call)}: a "
-                f"memory is y = f(x). {candidates(layer)}"
-            )
+            return f"but {type(parent).__name__} {told}, {ast.unparse(call)}"
     try:
         parameters = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):
-        return
+        return None
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [p.name for p in parameters if p.default is p.empty and p.kind in kinds]
     if len(needed) > 1:
-        raise ValueError(
-            f"ffn is {ffn!r}, a {type(module).__name__}, which takes {', '.join(needed)}: a memory "
-            f"is y = f(x). {candidates(layer)}"
-        )
+        return f"a {type(module).__name__}, which takes {', '.join(needed)}"
+    return None
 
 
 @functools.cache
@@ -121,7 +123,7 @@ def _trained_dtype(tensor: Tensor) -> torch.dtype:
 
 def candidates(layer: nn.Module) -> str:
     """A sentence on which modules of a layer a memory could replace."""
-    names = list(_maps(layer, ""))
+    names = [name for name in _maps(layer, "") if _no_map(layer, name) is None]
     if not names:
         within = ", ".join(repr(name) for name, _ in layer.named_children())
         return f"No module of the layer maps x to a y of its width; it has {within}."

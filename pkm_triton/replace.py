@@ -70,6 +70,7 @@ def replace_ffn(
     for number, memory in zip(numbers, memories, strict=True):
         if isinstance(memory, _KeyValueMemory):
             _check_fits(found[number - 1], ffn, memory)
+            _check_has_data(model, memory)
     for place, memory in zip(places, memories, strict=True):
         replaced = model.get_submodule(place)
         example = next(replaced.parameters(), None)
@@ -95,6 +96,8 @@ def _places(
     check_module("model", model)
     if not isinstance(ffn, str):
         raise TypeError(f"ffn must be a name, not {ffn!r}")
+    if not ffn:
+        raise ValueError("ffn is '', but must name a module within a layer, such as 'mlp'")
     path, found = _find_layers(model, ffn)
     numbers = check_layers("layers", layers, len(found))
     places = []
@@ -106,6 +109,14 @@ def _places(
             check_called_as_a_map(found[number - 1], name)
         places.append(".".join(filter(None, (path, str(number - 1), name))))
     return found, numbers, places
+
+
+def _check_has_data(model: nn.Module, memory: nn.Module) -> None:
+    """The memory holds data, if the model does."""
+    if any(p.is_meta for p in memory.parameters()) and not all(
+        p.is_meta for p in model.parameters()
+    ):
+        raise ValueError("device is 'meta', but must be one that holds data, as the model does")
 
 
 def _check_fits(layer: nn.Module, ffn: str, memory: _KeyValueMemory) -> None:

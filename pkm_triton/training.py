@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ._layer_checks import check_module
 from ._optimizer_options import check_number
 from .memory import _KeyValueMemory
 from .usage import MemoryUsage
@@ -36,9 +37,10 @@ def param_groups(
         parameters is left out.
 
     Raises:
-        TypeError: if an option is no number.
+        TypeError: if model is no module, or an option no number.
         ValueError: if an option is negative or not finite, or no parameter requires a gradient.
     """
+    check_module("model", model)
     options = {"lr": lr}, {"lr": value_lr}
     for name, value in (("lr", lr), ("value_lr", value_lr)):
         check_number(name, value)
@@ -79,7 +81,11 @@ def track_usage(model: nn.Module) -> Iterator[dict[str, MemoryUsage]]:
     Yields:
         A `MemoryUsage` for each memory layer, by the layer's name in the model. Blocks may be
         nested or overlap: each counts what is read while it lasts.
+
+    Raises:
+        TypeError: if model is no module.
     """
+    check_module("model", model)
     layers = {
         name: module
         for name, module in model.named_modules()

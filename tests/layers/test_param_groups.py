@@ -58,3 +58,5 @@ def test_bad_arguments(name, value):
 def test_nothing_to_train():
     with pytest.raises(ValueError, match="no parameter"):
         pkm.param_groups(nn.ReLU())
+    with pytest.raises(TypeError, match="model must be a module, not NoneType"):
+        pkm.param_groups(None)

@@ -120,6 +120,8 @@ def test_bad_arguments():
         pkm.MemoryUsage(5, device="moon")
     with pytest.raises(TypeError, match="other must be a MemoryUsage, not int"):
         pkm.MemoryUsage(5).merge(5)
+    with pytest.raises(TypeError, match="model must be a module, not int"), pkm.track_usage(3):
+        pass
 
 
 def test_a_models_memories_are_tracked_while_the_block_lasts():

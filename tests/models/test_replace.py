@@ -203,10 +203,15 @@ MIXTURE = {"num_local_experts": 2, "num_key_value_heads": 2, "num_experts_per_to
         (lambda: hugging_face("opt", ffn_dim=64), "fc1", "module 'fc1' .* maps 32 to 64"),
         (lambda: hugging_face("opt", ffn_dim=64), "fc2", "module 'fc2' .* maps 64 to 32"),
         (lambda: hugging_face("llama"), "ffn", "to a y of its width: 'mlp'"),
+        (lambda: hugging_face("llama"), "", "ffn is '', but must name a module within a layer"),
+        (lambda: hugging_face("mamba"), "mixer", "more than x, .* No module of the layer maps"),
         (lambda: hugging_face("llama"), "self_attn", "takes apart what it returns"),
         (lambda: Transformer(11, 24, 2, 2, 8), "ffn", "maps width 32 to 32, .* maps 24 to 24"),
     ],
-    ids="gpt-oss,bloom,bert,bert half,bert other,opt,opt half,name,attention,width".split(","),  # noqa: SIM905
+    ids=[
+        *("gpt-oss", "bloom", "bert", "bert half", "bert other", "opt", "opt half", "name"),
+        *("no name", "mamba", "attention", "width"),
+    ],
 )
 def test_what_is_no_map_from_x_to_y_is_refused(make_model, ffn, message):
     model = make_model()
