@@ -240,6 +240,7 @@ def test_a_copy_brings_no_other_along():
     assert [len(layer.pool) for layer in layers] == [2, 2]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of what PEFT uses of transformers
 @pytest.mark.parametrize("sparse_grad", [False, True, "factored"])
 def test_an_adapter_that_keeps_the_statistics_of_a_batch_norm(sparse_grad, tmp_path):
     peft = pytest.importorskip("peft")
