@@ -20,7 +20,7 @@ from pkm_triton.perf.report.plot_style import save
 
 from . import curves, depth, facts, forgetting, heads_topk, keys, memory_size, position
 from .presets import PRESETS, Preset
-from .ranks import Ranks, ranks_of_torchrun
+from .ranks import Ranks, add_rank_arguments, ranks_of_torchrun
 from .records import TimedRow, TrainedRow
 from .runner import TRAINED_CSV, train_trials
 from .summary import Results, Study
@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="seeds")
+    add_rank_arguments(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     parser.add_argument(
         "--stages",
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with ranks_of_torchrun(device) as ranks:
+        with ranks_of_torchrun(device, arguments.shard, arguments.timeout) as ranks:
             return _run(arguments, study, preset, base, folder, device, ranks)
     except KeyboardInterrupt:
         print(

@@ -1,11 +1,8 @@
 """How unevenly trained memories read their slots, as the sweep's `trained` reads follow it."""
 
 import math
-from pathlib import Path
 
 from torch import Tensor, nn
-
-from pkm_triton.perf.measure.reads import write_shares
 
 from .data import Data
 from .tuning import count_reads
@@ -26,9 +23,8 @@ def read_shares(counts: Tensor) -> list[tuple[float, float]]:
     return [(end / slots, most_first[end - 1].item()) for end in ends]
 
 
-def save_reads(path: Path, model: nn.Module, data: Data, device: str) -> bool:
-    """Write the shares of the model's first memory; returns whether it has one."""
+def shares_of(model: nn.Module, data: Data, device: str) -> list[tuple[float, float]] | None:
+    """The shares of a model's first memory, or None; all ranks of a sharded model must call."""
     for counted in count_reads(model, data, device).values():
-        write_shares(path, read_shares(counted.counts.cpu()))
-        return True
-    return False
+        return read_shares(counted.counts.cpu())
+    return None

@@ -8,6 +8,7 @@ import pkm_triton as pkm
 from pkm_triton.perf.records.environment import device_name, versions
 from pkm_triton.perf.records.row_file import RowFile, read_rows
 
+from . import checkpoints
 from .data import make_data
 from .evaluation import evaluate
 from .ranks import Ranks
@@ -52,8 +53,8 @@ def train_trials(
         The number of trials trained.
 
     Raises:
-        ValueError: the data cannot be made, a batch cannot be shared, or a checkpoint is of
-            another configuration.
+        ValueError: the data cannot be made, a batch cannot be shared, a tuning cannot be sharded,
+            or a checkpoint is of another configuration.
         OSError: a file cannot be written; every trial that was done is in `file`.
     """
     ranks = ranks or Ranks()
@@ -65,6 +66,11 @@ def train_trials(
     have = {row.key for row in (*file.rows, *taken)}
     todo = [trial for trial in dict.fromkeys(trials) if trial.key not in have]
     for trial in todo:
+        if ranks.together and trial.tuned_by[0] == "slots":
+            raise ValueError(
+                f"shard: {ranks.layout!r} is not possible with tuning {trial.tuning!r}, which "
+                "trains some slots of a whole table"
+            )
         make_data(trial, text)
     ranks.wait()  # until all have read what rank 0 is about to add to
     for number, trial in enumerate(todo, start=1):
@@ -86,7 +92,7 @@ def train_trials(
         if ranks.rank == 0:
             file.add(row)
             if not goes_on:
-                checkpoint.unlink(missing_ok=True)
+                checkpoints.remove(checkpoint)
                 _remove_empty(checkpoint.parent)
         ranks.wait()
     return len(todo)
@@ -116,7 +122,7 @@ def train_trial(
         trainer = tune(trainer, trial, ranks)
     train_loss = trainer.train_loss()
     row = TrainedRow(**dataclasses.asdict(trial))
-    if ranks.rank:
+    if ranks.rank and not ranks.together:
         return row
     model = trainer.model
     figures = dataclasses.asdict(evaluate(model, trainer.data, device))

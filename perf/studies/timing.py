@@ -15,9 +15,10 @@ from pkm_triton.perf.measure.workload import Pass
 from pkm_triton.perf.records.environment import device_name, versions
 from pkm_triton.perf.records.row_file import RowFile
 
+from .models import build_model
 from .records import TimedRow
 from .training import mixed_precision
-from .trial import Trial, build_model
+from .trial import Trial
 
 ROUNDS = 5
 

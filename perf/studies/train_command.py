@@ -3,6 +3,7 @@
 A training that was stopped goes on where it was when the same command is given again, and one that
 is done goes on when it is given with more steps (--set steps=...). Under
 torchrun every batch is shared by all ranks: torchrun --nproc-per-node 2 -m pkm_triton.perf train
+With --shard the memories' values lie over the ranks, and the checkpoint is a folder.
 """
 
 import argparse
@@ -14,14 +15,15 @@ from pathlib import Path
 import torch
 
 from pkm_triton.checkpoints import save_with_memory
+from pkm_triton.perf.measure.reads import write_shares
 from pkm_triton.perf.records.environment import check_seed, check_threads, resolve_device
 from pkm_triton.perf.records.files import ensure_writable
 
 from .data import make_data
 from .evaluation import evaluate
-from .popularity import save_reads
+from .popularity import shares_of
 from .presets import PRESETS
-from .ranks import Ranks, ranks_of_torchrun
+from .ranks import Ranks, add_rank_arguments, ranks_of_torchrun
 from .text import SOURCES, read_text
 from .training import Trainer
 from .trial import Trial, parse_settings
@@ -54,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    add_rank_arguments(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     parser.add_argument(
         "--checkpoint-seconds",
@@ -81,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_seed(trial.seed)
     torch.set_num_threads(threads)
     try:
-        with ranks_of_torchrun(device) as ranks:
+        with ranks_of_torchrun(device, arguments.shard, arguments.timeout) as ranks:
             return _train(arguments, trial, device, ranks)
     except KeyboardInterrupt:
         path = arguments.output / CHECKPOINT
@@ -104,13 +107,22 @@ def _train(arguments: argparse.Namespace, trial: Trial, device: str, ranks: Rank
     ensure_writable(folder)
     trainer.run(folder / CHECKPOINT, checkpoint_seconds=arguments.checkpoint_seconds)
     trainer.save(folder / CHECKPOINT)
-    if ranks.rank == 0:
+    if ranks.rank == 0 or ranks.together:
         save_with_memory(trainer.model, folder / MODEL)
         figures = dataclasses.asdict(evaluate(trainer.model, trainer.data, device))
-        known = {name: value for name, value in figures.items() if not math.isnan(value)}
-        print("test set: " + ", ".join(f"{name} {value:.4g}" for name, value in known.items()))
-        print(folder / MODEL)
-        if save_reads(folder / READS, trainer.model, trainer.data, device):
-            print(folder / READS)
+        shares = shares_of(trainer.model, trainer.data, device)
+        if ranks.rank == 0:
+            _tell(figures, shares, folder)
     ranks.wait()
     return 0
+
+
+def _tell(
+    figures: dict[str, float], shares: list[tuple[float, float]] | None, folder: Path
+) -> None:
+    known = {name: value for name, value in figures.items() if not math.isnan(value)}
+    print("test set: " + ", ".join(f"{name} {value:.4g}" for name, value in known.items()))
+    print(folder / MODEL)
+    if shares is not None:
+        write_shares(folder / READS, shares)
+        print(folder / READS)

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pkm_triton as pkm
-from pkm_triton.checkpoints import read_tensors, write_tensors
 from pkm_triton.transformer import Transformer
 
+from . import checkpoints
 from .data import IGNORED, Data
+from .models import build_model
 from .ranks import Ranks
-from .trial import Trial, build_model
+from .trial import Trial
 
 BETAS = (0.9, 0.98)
-_FORMAT, _VERSION = "pkm_triton training checkpoint", 2
 
 
 def learning_rate_factor(step: int, warmup: int) -> float:
@@ -73,7 +74,8 @@ class Trainer:
                 f"batch: {trial.batch} is no multiple of the {self.ranks.count} ranks that share it"
             )
         torch.manual_seed(trial.seed)
-        self.model = model or build_model(trial, data.vocab_size, device)
+        spread = partial(self.ranks.spread, device=device) if self.ranks.together else None
+        self.model = model or build_model(trial, data.vocab_size, device, spread)
         self.step = 0
         self.seconds = 0.0
         self.ranks.share(self.model)
@@ -122,7 +124,7 @@ class Trainer:
             ValueError: the checkpoint is of another trial, or broken.
             OSError: the checkpoint cannot be written.
         """
-        if checkpoint is not None and checkpoint.exists():
+        if checkpoint is not None and checkpoints.exists(checkpoint, self.ranks):
             self.load(checkpoint)
         end = self.trial.steps if stop_at is None else stop_at
         progress = Progress(self, sys.stderr if output is None else output, clock)
@@ -146,29 +148,24 @@ class Trainer:
         """The mean loss of the last tenth of the steps, over all ranks; NaN before them."""
         if not self._losses:
             return math.nan
-        return self.ranks.mean(torch.stack(self._losses).mean().item())
+        return self.ranks.mean(torch.stack(self._losses).mean()).item()
 
     def save(self, path: Path) -> None:
-        """Write all there is to go on to the same bits; rank 0 writes, the others wait.
+        """Write all there is to go on to the same bits; all ranks call.
 
         Raises:
             OSError: the file cannot be written.
         """
-        if self.ranks.rank == 0:
-            content = {
-                "format": _FORMAT,
-                "version": _VERSION,
-                "trial": dataclasses.asdict(self.trial),
-                "step": self.step,
-                "seconds": self.seconds,
-                "model": self.model.state_dict(),
-                "optimisers": [optimiser.state_dict() for optimiser in self._optimisers],
-                "losses": self._losses,
-                "random": torch.get_rng_state(),
-                "random_cuda": torch.cuda.get_rng_state_all() if self.device == "cuda" else [],
-            }
-            write_tensors(path, content)
-        self.ranks.wait()
+        if self._losses:  # of all ranks, as all will read them
+            own = torch.stack(self._losses)
+            self._losses = list(self.ranks.mean(own).to(own.dtype))
+        about = {
+            "trial": dataclasses.asdict(self.trial),
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": [loss.item() for loss in self._losses],
+        }
+        checkpoints.save(path, about, self.model, self._optimisers, self.ranks)
 
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote, for as many steps more as the trial has.
@@ -176,10 +173,19 @@ class Trainer:
         Raises:
             ValueError: the file is broken, of another trial, or further on than the trial goes.
         """
-        content = read_tensors(path, _FORMAT, _VERSION, plain=1)
-        ours, theirs = dataclasses.asdict(self.trial), content["trial"]
+        saved = checkpoints.Saved(path, self.ranks)
+        extended = self._check(saved.about, path)
+        saved.restore(self.model, self._optimisers)
+        self.step = saved.about["step"]
+        self.seconds = saved.about["seconds"]
+        losses = [] if extended else saved.about["losses"]  # those of the last tenth
+        self._losses = [torch.as_tensor(loss, device=self.device) for loss in losses]
+
+    def _check(self, about: dict[str, Any], path: Path) -> bool:
+        """Check what a checkpoint is of; returns whether the trial has another number of steps."""
+        ours, theirs = dataclasses.asdict(self.trial), about["trial"]
         different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-        step = content["step"]
+        step = about["step"]
         if type(step) is not int or not 0 <= step <= theirs.get("steps", 0):
             raise ValueError(f"checkpoint: {str(path)!r} is broken: its step is {step!r}")
         # The learning rate of a step does not depend on how many there are.
@@ -196,16 +202,7 @@ class Trainer:
                     for name in different
                 )
             )
-        self.model.load_state_dict(content["model"])
-        for optimiser, state in zip(self._optimisers, content["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
-        self.step = step
-        self.seconds = content["seconds"]
-        losses = [] if extended else content["losses"]  # those of the last tenth
-        self._losses = [loss.to(self.device) for loss in losses]
-        torch.set_rng_state(content["random"])
-        if self.device == "cuda":
-            torch.cuda.set_rng_state_all(content["random_cuda"])
+        return extended
 
 
 def make_optimisers(model: nn.Module, trial: Trial) -> list[torch.optim.Optimizer]:

@@ -4,16 +4,12 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-
-import pkm_triton as pkm
 from pkm_triton.perf.records.points import KEYS, require_choice
 from pkm_triton.perf.records.row_file import added
-from pkm_triton.transformer import Transformer
 
 from .tokens import check_tokens
 
@@ -234,55 +230,6 @@ _NOT_ARCHITECTURE = (
     "tuning_steps",
     "tuning_lr",
 )
-
-
-class OneSoftmaxMemory(pkm.ProductKeyMemory):
-    """A memory whose heads share one softmax: one weighted mean of all reads, not one a head."""
-
-    def weigh(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """See `ProductKeyMemory.weigh`; here the weights sum to 1 over H and k together."""
-        scores, slots = self._topk(query)
-        return scores.flatten(-2).softmax(-1).view_as(scores), slots
-
-
-def memory_maker(trial: Trial) -> Callable[[], nn.Module]:
-    """What makes a memory of the trial."""
-    product = pkm.ProductKeyMemory if trial.softmax == "head" else OneSoftmaxMemory
-    kind = product if trial.keys == "product" else pkm.FlatKeyMemory
-    norm: Any = None if trial.query_norm == "none" else trial.query_norm
-
-    def make() -> nn.Module:
-        memory = kind(
-            trial.dim,
-            num_subkeys=trial.num_subkeys,
-            heads=trial.heads,
-            top_k=trial.top_k,
-            query_dim=trial.query_dim,
-            query_norm=norm,
-            sparse_grad=trial.sparse_grad,
-        )
-        getattr(memory, memory.keys_name).requires_grad_(not trial.fixed_keys)
-        return memory
-
-    return make
-
-
-def build_model(trial: Trial, vocab_size: int, device: str = "cpu") -> Transformer:
-    """The transformer of a trial, its parameters drawn from torch's global generator."""
-    norm: Any = trial.norm
-    return Transformer(
-        vocab_size,
-        trial.dim,
-        trial.layers,
-        trial.attention_heads,
-        trial.context,
-        ffn_dim=trial.ffn_dim,
-        norm=norm,
-        memory_layers=trial.memories,
-        make_memory=memory_maker(trial),
-        interleave=trial.interleave,
-        device=device,
-    )
 
 
 def vocab_size_of(tokens: str) -> int:

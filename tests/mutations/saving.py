@@ -6,6 +6,8 @@ Each is a file, a text in it, what stands there instead, and the tests of which 
 FOLDERS = "tests/distributed/test_checkpoints.py -k killed"
 LARGE = "tests/distributed/test_checkpoints.py -k whole_table"
 FILE = "tests/distributed/test_one_file.py -k one_process"
+SHARD = "tests/perf/studies/test_shard.py -k one_rank"
+HANGS = "tests/perf/studies/test_shard.py -k hangs"
 WRONG = "tests/distributed/test_one_file.py -k wrong"
 
 MUTATIONS: list[tuple[str, str, str, list[str]]] = [
@@ -47,11 +49,20 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
         [FILE],
     ),
     ("pkm_triton/checkpoints.py", "fill(part, state[key])", "pass", [FILE]),
-    ("pkm_triton/_files.py", "order[rank::ranks]", "order[1 + rank :: ranks]", [WRONG]),
+    ("pkm_triton/_files.py", "order[rank::ranks]", "order[2 + rank :: ranks]", [WRONG]),
     (
         "pkm_triton/distributed/agreement.py",
         "ValueError, TypeError, OSError)",
         "ValueError)",
         [WRONG],
     ),
+    # Trainings.
+    (
+        "perf/studies/ranks.py",
+        "        memory.reset_parameters()",
+        "        memory.training",
+        [SHARD],
+    ),
+    ("perf/studies/ranks.py", "if not store.check([", "if store.check([", [HANGS]),
+    ("perf/studies/training.py", "self.ranks.mean(own).to(own.dtype)", "own", [SHARD]),
 ]

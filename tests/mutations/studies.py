@@ -10,13 +10,13 @@ STUDIES = "tests/perf/studies/test_studies.py"
 MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     # Trials of other keys and another softmax.
     (
-        "perf/studies/trial.py",
+        "perf/studies/models.py",
         ".requires_grad_(not trial.fixed_keys)",
         ".requires_grad_(True)",
         [TRAINING],
     ),
     (
-        "perf/studies/trial.py",
+        "perf/studies/models.py",
         "scores.flatten(-2).softmax(-1)",
         "scores.softmax(-1).flatten(-2)",
         [TRAINING],

@@ -28,7 +28,7 @@ for number, trial in enumerate(trials):
     loss = trainer.run(Path(folder, f"{number}.checkpoint"), checkpoint_seconds=0, output=io.StringIO())
     torch.save((loss, trainer.model.state_dict()), f"{folder}/{number}.{rank}")
     assert trainer.step == trial.steps
-    assert ranks.mean(rank) == 0.5 and ranks.any(rank == 0) and not ranks.any(rank == 1)
+    assert ranks.mean(torch.tensor(rank)) == 0.5 and ranks.any(rank == 0) and not ranks.any(rank == 1)
 """  # noqa: E501
 
 

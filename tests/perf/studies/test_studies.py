@@ -271,7 +271,7 @@ def test_a_killed_study_goes_on_to_the_same_figures(source, tmp_path):
 
 
 def test_train_saves_a_model_that_loads(source, tmp_path, capsys):
-    from pkm_triton.perf.studies.trial import build_model
+    from pkm_triton.perf.studies.models import build_model
     from pkm_triton.transformer import load_with_memory
 
     arguments = ["train", "--preset", "tiny", "--text", str(source), "--threads", "1"]

@@ -6,9 +6,9 @@ import torch
 import pkm_triton as pkm
 from pkm_triton.perf.records.row_file import RowFile, read_rows
 from pkm_triton.perf.studies import timing
+from pkm_triton.perf.studies.models import build_model
 from pkm_triton.perf.studies.records import TimedRow
 from pkm_triton.perf.studies.timing import random_model, time_models
-from pkm_triton.perf.studies.trial import build_model
 
 CALL = {"vocab_size": 256, "sequences": 2, "seconds": 0.001, "rounds": 3}
 

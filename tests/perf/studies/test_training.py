@@ -12,8 +12,9 @@ import torch.nn.functional as F
 import pkm_triton as pkm
 from pkm_triton.perf.studies import training
 from pkm_triton.perf.studies.data import make_data
+from pkm_triton.perf.studies.models import memory_maker
 from pkm_triton.perf.studies.training import Progress, Trainer, learning_rate_factor
-from pkm_triton.perf.studies.trial import Trial, memory_maker
+from pkm_triton.perf.studies.trial import Trial
 
 
 @pytest.fixture

@@ -1,0 +1,205 @@
+"""Trainings whose tables lie over ranks; a rank that is killed, and one that hangs."""
+
+import dataclasses
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_two_ranks
+
+import pkm_triton as pkm
+from pkm_triton.perf.__main__ import main
+from pkm_triton.perf.studies.data import make_data
+from pkm_triton.perf.studies.evaluation import evaluate
+from pkm_triton.perf.studies.models import build_model
+from pkm_triton.perf.studies.training import Trainer
+
+LAYOUTS = ("columns", "rows")
+RANK = """
+import dataclasses, io, pickle
+from pathlib import Path
+import pkm_triton as pkm
+from pkm_triton.perf.studies.data import make_data
+from pkm_triton.perf.studies.evaluation import evaluate
+from pkm_triton.perf.studies.ranks import Ranks
+from pkm_triton.perf.studies.training import Trainer
+
+torch.set_default_dtype(torch.float64)
+trials, text = pickle.loads(Path(folder, "trials").read_bytes())
+
+def trainer_of(trial, layout):
+    return Trainer(trial, make_data(trial, text), ranks=Ranks(rank, 2, layout))
+
+for number, trial in enumerate(trials):
+    for layout, other in (("columns", "rows"), ("rows", "columns")):
+        name = f"{folder}/{layout}-{number}"
+        trainer = trainer_of(trial, layout)
+        pkm.save_with_memory(trainer.model, f"{name}.start.pt")
+        loss = trainer.run(output=io.StringIO())
+        pkm.save_with_memory(trainer.model, f"{name}.end.pt")
+        torch.save((loss, evaluate(trainer.model, trainer.data)), f"{name}.{rank}")
+
+        # Stopped, with losses that count noted, and taken up in the other layout.
+        path = Path(f"{name}.checkpoint.pt")
+        first = trainer_of(trial, layout)
+        pkm.load_with_memory(first.model, f"{name}.start.pt")
+        first.run(path, stop_at=trial.steps - 1, output=io.StringIO())
+        second = trainer_of(trial, other)
+        assert abs(second.run(path, output=io.StringIO()) - loss) < 1e-9 * loss
+        assert second.step == trial.steps
+        pkm.save_with_memory(second.model, f"{name}.resumed.pt")
+"""
+
+
+@pytest.fixture
+def double_precision():
+    """So that rounding does not hide what is wrong."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.slow
+def test_tables_over_ranks_give_the_one_rank_result(trial, text, tmp_path, double_precision):
+    """In float64 within 1e-9, of sums in another order; resumed in another layout alike."""
+    trials = [dataclasses.replace(trial, steps=20, sparse_grad=sparse) for sparse in (False, True)]
+    (tmp_path / "trials").write_bytes(pickle.dumps((trials, text)))
+    run_two_ranks(RANK, tmp_path)
+    for number, each in enumerate(trials):
+        for layout in LAYOUTS:
+            name = f"{layout}-{number}"
+            data = make_data(each, text)
+
+            def loaded(which, each=each, name=name, data=data):
+                model = build_model(each, data.vocab_size)
+                return pkm.load_with_memory(model, tmp_path / f"{name}.{which}.pt")
+
+            alone = Trainer(each, data, model=loaded("start"))
+            loss = alone.run(output=io.StringIO())
+            figures = evaluate(alone.model, data)
+            for rank in range(2):
+                their_loss, theirs = torch.load(tmp_path / f"{name}.{rank}", weights_only=False)
+                assert their_loss == pytest.approx(loss, rel=1e-9)
+                expected = pytest.approx(dataclasses.asdict(figures), rel=1e-9, nan_ok=True)
+                assert dataclasses.asdict(theirs) == expected
+            for which in ("end", "resumed"):
+                theirs = loaded(which).state_dict()
+                for key, tensor in alone.model.state_dict().items():
+                    torch.testing.assert_close(theirs[key], tensor, msg=key, atol=1e-8, rtol=1e-6)
+    start = [loaded_values(tmp_path / f"{layout}-0.start.pt") for layout in LAYOUTS]
+    assert torch.equal(*start)  # drawn alike in either layout
+
+
+def loaded_values(path):
+    """The table in a file."""
+    return torch.load(path)["state"]["layers.1.ffn.values"]
+
+
+def train(folder, ranks, *more):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["-m", "pkm_triton.perf", "train", "--preset", "tiny", "--threads", "1", "--text"]
+    command += [str(folder / "text"), "--set", "steps=60", "sparse_grad=yes", "--shard", "columns"]
+    return subprocess.Popen(
+        [*command, *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def worker(launcher, rank):
+    """The process of a rank."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = path.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+            variables = path.joinpath("environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if int(parent) == launcher.pid and b"RANK=%d" % rank in variables:
+            return int(path.name)
+    raise LookupError(rank)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="needs Linux's /proc")
+def test_a_rank_that_is_killed_ends_all_and_the_same_command_goes_on(tmp_path):
+    (tmp_path / "text").write_text("\n\n".join(f"Paragraph {i}, {i * i}." for i in range(400)))
+    out = tmp_path / "out"
+    more = ["--output", str(out), "--checkpoint-seconds", "0.3"]
+    launcher = train(tmp_path, 2, *more)
+    while not list(out.glob("checkpoint/*/.metadata")):
+        assert launcher.poll() is None, launcher.communicate()
+        time.sleep(0.05)
+    os.kill(worker(launcher, 1), signal.SIGKILL)
+    _, error = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    assert "rank      : 1 (local_rank: 1)\n  exitcode  : -9" in error
+    assert not (out / "model.pt").exists()
+
+    again = train(tmp_path, 2, *more)
+    printed, error = again.communicate(timeout=100)
+    assert again.returncode == 0, error
+    assert "step 60/60" in error
+    alone = train(tmp_path, 1, "--output", str(tmp_path / "alone"))
+    expected, error = alone.communicate(timeout=100)
+    assert alone.returncode == 0, error
+
+    def loss(text):
+        return float(text.split("test set: loss ")[1].split(",")[0])
+
+    # Of float32 after 60 steps.
+    assert loss(printed) == pytest.approx(loss(expected), rel=1e-3)
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint", "model.pt", "reads.csv"]
+
+
+HANGS = """
+import time, torch.distributed as dist
+from pkm_triton.perf.studies import ranks
+ranks.GRACE = 1.0
+with ranks.ranks_of_torchrun("cpu", timeout=3) as group:
+    group.wait()
+    if group.rank == 1:
+        time.sleep(9)
+    else:
+        group.wait()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named(tmp_path):
+    (tmp_path / "script.py").write_text(HANGS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "ConnectionError: rank 0: no answer from rank 1 of 2; the same command" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "study memory-size"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("--shard columns", "shard: 'columns' needs ranks: torchrun"),
+        ("--shard diagonal", "shard: 'diagonal' is unknown; allowed: columns, rows"),
+        ("--timeout 0", "timeout: 0.0 is not allowed; give seconds above 0"),
+    ],
+)
+def test_what_is_wrong_is_said(command, wrong, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    words = [*command.split(), "--preset", "tiny", "--device", "cpu", *wrong.split()]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
