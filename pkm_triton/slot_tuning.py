@@ -59,7 +59,8 @@ def train_slots(layer: "_KeyValueMemory", slots: Tensor) -> nn.Parameter:
     The memory reads the same as before. Its table stops to require a gradient, and stays bitwise as
     it is whatever is done with the gradients of the rest; freeze what else shall not train yourself
     (`model.requires_grad_(False)` before). The parameter that is returned is small and dense: any
-    optimiser will do, and must be made after this call. `merge_slots` ends it.
+    optimiser will do, and must be made after this call. `merge_slots` ends it, and comes before
+    `save_pretrained` or `save_with_memory`.
 
     Args:
         layer: a `ProductKeyMemory` or `FlatKeyMemory`.

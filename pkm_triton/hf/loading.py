@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -16,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from pkm_triton.memory import _KeyValueMemory
 
 from .config import METHOD, MemoryConfig, without_guard, write
-from .memories import build
+from .memories import BEFORE_SAVING, build
 
 # The options of `from_pretrained` that say where a config lies, too.
 _WHERE = (
@@ -66,6 +67,31 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> PreTrainedM
             "not: use the from_pretrained of your class"
         )
     return kind.from_pretrained(path, **options)
+
+
+def _check_files(model: PreTrainedModel, files: list[str] | None) -> None:
+    """The files hold no part of a memory that it has not, and that would be dropped."""
+    prefix = f"{model.base_model_prefix}."  # of a model with a head, or of one without
+    memories = {
+        name.removeprefix(prefix): set(module.state_dict())
+        for name, module in model.named_modules()
+        if isinstance(module, _KeyValueMemory)
+    }
+    for file in files or ():
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as content:
+            names = list(content.keys())
+        for place, parts in memories.items():
+            held = (n.removeprefix(prefix) for n in names)
+            more = [
+                n for n in held if n.startswith(f"{place}.") and n[len(place) + 1 :] not in parts
+            ]
+            if more:
+                raise ValueError(
+                    f"the weights have {', '.join(more)}, which the memory at {place!r} has not, "
+                    f"as the config has it: {BEFORE_SAVING}"
+                )
 
 
 _OWN = {
@@ -118,6 +144,7 @@ class MemoryQuantizer(HfQuantizer):
         if self.inner is not None:
             self.inner.preprocess_model(model, dtype=dtype, **options)
         build(model, self.memories, dtype)
+        _check_files(model, options.get("checkpoint_files"))
 
     def postprocess_model(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
         """Leave no trace of a quantiser but the model's own."""

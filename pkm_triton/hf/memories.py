@@ -19,6 +19,11 @@ from pkm_triton.replace import check_no_memory, put_memory, replace_ffn
 
 from .config import MemoryConfig, write
 
+BEFORE_SAVING = (
+    "before saving call merge_slots, and take out what was compiled, parametrized or adapted; "
+    "from_config makes models without memories"
+)
+
 
 def add_memories(
     model: PreTrainedModel,
@@ -187,8 +192,8 @@ def _refuse(place: str, memory: nn.Module, loaded: set[torch.Tensor]) -> None:
     tensors = (*memory.named_parameters(), *memory.named_buffers())
     lacking = [f"{place}.{name}" for name, tensor in tensors if tensor not in loaded]
     raise ValueError(
-        f"the config has a memory at {place!r}, but the weights have no {', '.join(lacking)}: was "
-        "that part compiled or parametrized, or the model made by from_config, when it was saved?"
+        f"the weights have no {', '.join(lacking)}, which the memory at {place!r} has, as the "
+        f"config has it: {BEFORE_SAVING}"
     )
 
 

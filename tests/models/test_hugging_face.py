@@ -364,16 +364,33 @@ def compiled(model):
     return model
 
 
-@pytest.mark.parametrize(
-    "change",
-    [parametrized, compiled, lambda m: transformers.AutoModelForCausalLM.from_config(m.config)],
-    ids=["parametrized", "compiled", "from_config"],
-)
-def test_a_memory_without_its_weights_is_not_made_up(change, tmp_path):
-    change(trained(llama)).save_pretrained(tmp_path)
+def tuned(model):
+    pkm.train_slots(memories(model)[0], torch.arange(3))
+    return model
+
+
+def rebuilt(model):
+    return transformers.AutoModelForCausalLM.from_config(model.config)
+
+
+@pytest.mark.parametrize("size", ["50GB", "8KB"])
+@pytest.mark.parametrize("change", [parametrized, compiled, tuned, rebuilt])
+def test_parts_of_a_memory_that_its_config_does_not_tell_of_are_not_dropped(change, size, tmp_path):
+    change(trained(llama)).save_pretrained(tmp_path, max_shard_size=size)
+    message = r"the weights have layers.0.mlp.*, which the memory at 'layers.0.mlp' has not"
+    for load in (*loaders(transformers.LlamaForCausalLM), transformers.AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+
+
+def test_a_memory_without_its_weights_is_not_made_up(tmp_path):
+    model = trained(llama)
+    state = model.state_dict()
+    del state["model.layers.0.mlp.values"]
+    model.save_pretrained(tmp_path, state_dict=state)
     for load in loaders(transformers.LlamaForCausalLM):
         with pytest.raises(
-            ValueError, match=r"'model.layers.0.mlp', but the weights have no .*val"
+            ValueError, match=r"weights have no model.layers.0.mlp.values, which th"
         ):
             load(tmp_path)
 
