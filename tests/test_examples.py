@@ -1,7 +1,9 @@
 """Every example runs, in tiny form, and is short."""
 
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ ARGUMENTS = {
     "finetune_llama.py": ("accelerate", ["--steps", "3", "--output", "finetuned"]),
     "lightning_module.py": ("lightning", ["--steps", "8"]),
     "lora_beside_memories.py": ("peft", ["--steps", "3", "--output", "adapter"]),
+    "sharded_memory.py": ("torch.distributed", ["--steps", "8"]),
     "sharded_with_sparse_values.py": ("torch.distributed", ["--steps", "8"]),
     "sparse_autoencoder.py": ("torch", ["--steps", "8", "--rounds", "1", "--latents", "512"]),
 }
@@ -57,7 +60,25 @@ def test_runs(name, tmp_path, monkeypatch, capsys):
         assert float(found[2]) < float(found[1])
 
 
-@pytest.mark.parametrize("name", ["data_parallel.py", "sharded_with_sparse_values.py"])
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_a_memory_over_two_ranks(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += [str(EXAMPLES / "sharded_memory.py"), "--steps", "40"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, last = map(float, re.search(r"loss ([\d.]+) to ([\d.]+)", done.stdout).groups())
+    assert last < 0.5 * first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "saved"]
+
+
+TORCHRUN = [name for name, (needed, _) in ARGUMENTS.items() if needed == "torch.distributed"]
+
+
+@pytest.mark.parametrize("name", TORCHRUN)
 def test_without_torchrun_one_sentence_says_so(name, tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit, match=f"^needs torchrun: torchrun .* examples/{name}$"):
