@@ -94,6 +94,7 @@ class Op:
             "scatter_values": table + output + 8 * reads,
             # The gradient in; the parameter and two float32 moments in and out.
             "sparse_adam": rows + 2 * rows + 16 * rows // s,
+            "scatter_adam": output + 8 * reads + 2 * rows + 16 * rows // s,
         }[name]
 
 
@@ -113,6 +114,10 @@ OPS = {
     "scatter_values": Op("table + tokens + 8 · T · R", "Scatter: "),
     "sparse_adam": Op(
         "min(T · R, K) rows, 3 times in their dtype and 4 times in float32", "sparse gradient"
+    ),
+    "scatter_adam": Op(
+        "min(T · R, K) rows, twice in their dtype and 4 times in float32, + output + 8 · T · R",
+        "factored gradient",
     ),
 }
 

@@ -18,15 +18,16 @@ import pkm_triton as pkm
 
 
 def make(op: str, shape: dict[str, Any], device: str) -> Callable[[], Any]:
-    """The op on random inputs, the same in every process."""
-    generator = torch.Generator().manual_seed(0)
+    """The op on random inputs, the same in every process on the same device."""
+    generator = torch.Generator(device).manual_seed(0)
+    drawn: dict[str, Any] = {"generator": generator, "device": device}
     dtype = getattr(torch, shape["dtype"])
     tokens, heads, num, width = (
         shape[name] for name in ("tokens", "heads", "num_subkeys", "query_dim")
     )
 
     def randn(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator).to(device=device, dtype=dtype)
+        return torch.randn(sizes, **drawn, dtype=dtype)
 
     if "topk" in op:
         query = randn(tokens, heads, width)
@@ -39,8 +40,8 @@ def make(op: str, shape: dict[str, Any], device: str) -> Callable[[], Any]:
         weight = torch.ones_like(scores)
         return lambda: torch.autograd.grad(scores, (query, keys), weight, retain_graph=True)
     reads = (tokens, heads * shape["top_k"])
-    slots = torch.randint(num * num, reads, generator=generator, dtype=torch.int32).to(device)
-    weights = torch.rand(reads, generator=generator).to(device)
+    slots = torch.randint(num * num, reads, **drawn, dtype=torch.int32)
+    weights = torch.rand(reads, **drawn)
     # Equal rows: what they hold changes nothing, and drawing them all would take long.
     values = randn(1, shape["value_dim"]).expand(num * num, -1).contiguous()
     if op in ("sample_values", "scatter_values"):
@@ -49,11 +50,15 @@ def make(op: str, shape: dict[str, Any], device: str) -> Callable[[], Any]:
             return lambda: pkm.sample_values(values, slots, x)
         return lambda: pkm.scatter_values(slots, weights, x, num * num)
     if op == "sparse_adam":
-        rows = torch.randperm(num * num, generator=generator)[: slots.numel()].sort().values
+        rows = torch.randperm(num * num, **drawn)[: slots.numel()].sort().values
         grad_rows = randn(1, shape["value_dim"]).expand(len(rows), -1).contiguous()
         values.requires_grad_().grad = torch.sparse_coo_tensor(
-            rows[None].to(device), grad_rows, values.shape, is_coalesced=True
+            rows[None], grad_rows, values.shape, is_coalesced=True
         )
+        return pkm.optim.SparseAdam([values]).step
+    if op == "scatter_adam":
+        out = pkm.gather_values(values.requires_grad_(), slots, weights, sparse_grad="factored")
+        out.backward(torch.ones_like(out))
         return pkm.optim.SparseAdam([values]).step
     if not op.endswith("gradient"):
         return lambda: pkm.gather_values(values, slots, weights)

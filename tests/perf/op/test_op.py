@@ -84,6 +84,7 @@ def test_bytes_are_those_of_the_tensors():
         "sample_values": (rows, out, scores, slots),
         "scatter_values": (table, out, scores, slots),
         "sparse_adam": (*[rows] * 3, *[rows.float()] * 4),
+        "scatter_adam": (out, scores, slots, *[rows] * 2, *[rows.float()] * 4),
     }
     assert set(expected) == set(OPS)
     for name, tensors in expected.items():
