@@ -76,8 +76,9 @@ def best_candidates(list_ptr, count_ptr, below, splits, slots, C: tl.constexpr):
     """
     ROWS: tl.constexpr = C.list_rows
     AT_ONCE: tl.constexpr = C.splits
-    WIDTH: tl.constexpr = 2 * C.top
-    best = tl.full([list_ptr.shape[0], C.top], NOTHING, tl.int64)
+    TOP: tl.constexpr = C.top
+    WIDTH: tl.constexpr = 2 * TOP
+    best = tl.full([list_ptr.shape[0], TOP], NOTHING, tl.int64)
     empty = True
     column = tl.arange(0, AT_ONCE * WIDTH)[None, :]
     for first in tl.range(0, splits, AT_ONCE, num_stages=1):
@@ -94,7 +95,7 @@ def best_candidates(list_ptr, count_ptr, below, splits, slots, C: tl.constexpr):
             key = sort_key(entry_score(entry), entry.to(tl.int32))
             if C.in_turns:
                 inside &= key < below
-            key = top_sorted(tl.where(inside, key, NOTHING), C.top)
+            key = top_sorted(tl.where(inside, key, NOTHING), TOP)
             if empty:
                 best = key
             else:

@@ -27,6 +27,7 @@ def load_query(query_ptr, row, S: tl.constexpr):
 @triton.jit
 def score_tile(query, query_ptr, keys_ptr, start, end, S: tl.constexpr):
     """Scores of the keys from start on in fragments; past the end, of those a tile before."""
+    ROWS: tl.constexpr = S.rows
     DIM: tl.constexpr = S.dim
     BLOCK_D: tl.constexpr = S.block_d
     UPCAST: tl.constexpr = S.upcast
@@ -49,7 +50,7 @@ def score_tile(query, query_ptr, keys_ptr, start, end, S: tl.constexpr):
             keys = keys.to(tl.float32)
         scores = tl.dot(query, keys, input_precision=PRECISION)
     else:
-        scores = tl.zeros([S.rows, S.tile], tl.float32)
+        scores = tl.zeros([ROWS, TILE], tl.float32)
         for first in tl.range(0, DIM, BLOCK_D, num_stages=STAGES, disable_licm=True):
             inside = first + d < DIM
             part = tl.load(
