@@ -53,6 +53,11 @@ def run_ranks(script: str, folder: Path, count: int, killed: Collection[int] = (
         for rank in range(count)
     ]
     printed = [rank.communicate(timeout=120) for rank in ranks]
-    for number, (rank, (_, error)) in enumerate(zip(ranks, printed, strict=True)):
-        assert rank.returncode == (-signal.SIGKILL if number in killed else 0), error
+    failed = [
+        error
+        for number, (rank, (_, error)) in enumerate(zip(ranks, printed, strict=True))
+        if rank.returncode != (-signal.SIGKILL if number in killed else 0)
+    ]
+    # One that fails ends the others, which then say no more than that.
+    assert not failed, "\n".join(failed)
     return [out for out, _ in printed]

@@ -15,7 +15,7 @@ from pkm_triton.ops import gather_values
 from pkm_triton.sharded_gradient import LocalShard
 
 from .agreement import tokens_of_all
-from .collectives import exchange, gather_tokens
+from .collectives import Route, gather_tokens, gather_weights, return_sums
 from .layouts import cut
 
 # Initial values are drawn in blocks of about so many elements, each by a seed of its own.
@@ -45,8 +45,8 @@ class Sharding:
         self.equal_tokens, self.narrow_weights = equal_tokens, narrow_weights
         self.placements = tuple(Shard(0 if each == "rows" else 1) for each in layout)
         self.flat = mesh if mesh.ndim == 1 else mesh._flatten()
-        self.rows, self.columns, self.parts = cut(shape, layout, mesh.shape)
-        self.row_part, self.column_part = self.parts[self.flat.get_local_rank()]
+        self.cut = cut(shape, layout, mesh.shape)
+        self.row_part, self.column_part = self.cut.parts[self.flat.get_local_rank()]
 
     def __deepcopy__(self, memo: Any) -> "Sharding":
         """Itself: it never changes, and process groups have no copies."""
@@ -55,7 +55,7 @@ class Sharding:
     @property
     def ranks(self) -> int:
         """P."""
-        return len(self.parts)
+        return len(self.cut.parts)
 
     def gather(self, values: Any, slots: Tensor, weights: Tensor, form: SparseGrad) -> Tensor:
         """`gather_values` of this rank's tokens: slots and weights [..., R] to [..., d_v].
@@ -75,59 +75,45 @@ class Sharding:
         rows = shape[:-1].numel()
         slots, weights = slots.reshape(rows, shape[-1]), weights.reshape(rows, shape[-1])
         slots = slots.to(torch.int32)
-        group = self.flat.get_group()
-        counts = [rows] * self.ranks
+        group, counts = self.flat.get_group(), [rows] * self.ranks
         if not self.equal_tokens:
             enabled = torch.is_grad_enabled()
             records = enabled and (values.requires_grad or weights.requires_grad)
             counts = tokens_of_all(slots, weights, records, group)
+        route = Route(counts, self.flat.get_local_rank(), self.cut, group)
         narrow = weights.dtype.itemsize > 2 and self.narrow_weights
         wire = torch.bfloat16 if narrow else weights.dtype
-        all_slots = gather_tokens(slots, counts, group, torch.int32)
-        # The gradients of sums come scaled (see below): those of weights are a rank's own.
-        all_weights = gather_tokens(weights, counts, group, wire, float(self.ranks))
+        local, owned = self._owned(gather_tokens(slots, route))
+        all_weights = gather_weights(weights, slots, owned, route, wire)
+        if local.shape[1] == 0:
+            all_weights = all_weights[:, :0]
+        del owned
         if form:
             shard: Tensor = LocalShard.apply(values)  # pyright: ignore[reportAssignmentType]
         else:
             shard = values.to_local(grad_placements=self.placements)
-        if len(self.rows) > 1:
-            all_slots, all_weights = self._owned(all_slots, all_weights)
-        sums = gather_values(shard, all_slots, all_weights, sparse_grad=form)
-        return self._returned(sums, counts, group).view(*shape[:-1], self.shape[1])
+        out = return_sums(gather_values(shard, local, all_weights, sparse_grad=form), route)
+        return out.view(*shape[:-1], self.shape[1])
 
-    def _owned(self, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Reads of the rows of this rank, counted from its first; others read nothing new.
+    def _owned(self, slots: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Reads [T_all, R] as rows of this rank, and which of them are; None: all.
 
-        Those read, with a weight of zero, a row that is read already: their token's first or, where
-        it has none, another token's.
+        Those that are not shall read nothing new: their token's first that is or, where it has
+        none, another token's. If there is none, there are no reads.
         """
-        low, high = self.rows[self.row_part]
+        low, high = self.cut.rows[self.row_part]
+        if len(self.cut.rows) == 1 or slots.numel() == 0:
+            return slots, None
         owned = (slots >= low) & (slots < high)
         tokens = owned.any(-1)
-        if slots.numel() == 0 or not (torch.compiler.is_compiling() or bool(tokens.any())):
-            return slots[:, :0], weights[:, :0]
+        if not (torch.compiler.is_compiling() or bool(tokens.any())):
+            return slots[:, :0], owned
         first = owned.to(torch.int8).argmax(-1, keepdim=True)
         mine = slots.gather(-1, first)
         other = mine.index_select(0, tokens.to(torch.int8).argmax().unsqueeze(0))
         filling = torch.where(tokens.unsqueeze(-1), mine, other)
-        local = torch.where(owned, slots, filling) - low
-        # Where a compiled pass has no read at all, it reads the first row, with a weight of zero.
-        return local.clamp(0, high - low - 1), weights * owned
-
-    def _returned(self, sums: Tensor, counts: list[int], group: Any) -> Tensor:
-        """This rank's tokens [T, d_v] of the sums [T_all, d_r] of all ranks."""
-        tokens = counts[self.flat.get_local_rank()]
-        widths = [stop - start for start, stop in self.columns]
-        send = [count * sums.shape[1] for count in counts]
-        receive = [tokens * widths[j] for _, j in self.parts]
-        # The loss is the mean over ranks: of a table that all ranks share, so is its gradient.
-        received = exchange(sums.reshape(-1), send, receive, group, 1 / self.ranks)
-        parts = dict(zip(self.parts, received.split(receive), strict=True))
-        whole = []
-        for i in range(len(self.rows)):
-            columns = [parts[i, j].view(tokens, width) for j, width in enumerate(widths)]
-            whole.append(torch.cat(columns, 1) if len(columns) > 1 else columns[0])
-        return torch.stack(whole).sum(0) if len(whole) > 1 else whole[0]
+        # Where a compiled pass has no read at all, it reads the first row or the last.
+        return torch.where(owned, slots, filling).sub_(low).clamp_(0, high - low - 1), owned
 
     @torch.no_grad()
     def initialise(self, values: Any, std: float) -> None:
@@ -142,7 +128,8 @@ class Sharding:
         source = torch.distributed.get_global_rank(group, 0)
         torch.distributed.broadcast(from_first, source, group=group)
         shard, first_seed = values.to_local(), int(from_first)
-        (low, high), (left, right) = self.rows[self.row_part], self.columns[self.column_part]
+        (low, high) = self.cut.rows[self.row_part]
+        (left, right) = self.cut.columns[self.column_part]
         block = max(1, BLOCK_ELEMENTS // self.shape[1])
         generator = torch.Generator(device)
         for start in range(low // block * block, high, block):

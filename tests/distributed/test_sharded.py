@@ -78,3 +78,9 @@ def test_no_process_group_is_said():
 def test_compiled_meta_and_wrapped(tmp_path):
     """One graph; values drawn alike in every layout; DistributedDataParallel and FSDP2 around."""
     run(tmp_path, 2, "run_more(rank, ranks, folder)")
+
+
+@pytest.mark.slow
+def test_a_rank_needs_no_more_than_its_shard_and_reads(tmp_path):
+    """By the sweep's meter: of working memory T_all · (R · 8 + 2 · d_v · itemsize) at most."""
+    run_ranks("import memory_ranks\nmemory_ranks.run_memory(rank, ranks)", tmp_path, 4)
