@@ -1,5 +1,6 @@
 """The pages of docs/: they build without a dead link, their code runs, their tables are true."""
 
+import functools
 import os
 import re
 import shutil
@@ -84,6 +85,22 @@ def test_the_sizes_are_those_of_the_tensors():
         assert int(slots.replace(",", "")) == layer.num_slots
         for size, each in zip(sizes, bytes_of_an_element, strict=True):
             assert float(size) == pytest.approx(layer.values.numel() * each / 2**30, abs=0.006)
+
+
+@pytest.mark.parametrize("world", [8, 64, 1024])
+def test_the_largest_memories_are_those_of_the_plan(world):
+    (row,) = [row for row in table("sizes.md", "slots, training") if row[0] == str(world)]
+    master = functools.partial(pkm.optim.SparseAdam, rounding="master")
+    layout, found = row[1], row[2:]
+    for optimizer, (slots, parameters) in ((master, found[:2]), (None, found[2:])):
+        most = pkm.distributed.plan(1, 1024, optimizer, world, 60e9).max_slots
+        assert slots == f"{most:,}"
+        assert parameters == f"{most * 1024 / 1e9:,.0f} G"
+        best = pkm.distributed.plan(most, 1024, optimizer, world, 60e9).best
+        names = (best.layout,) if isinstance(best.layout, str) else best.layout
+        ranks = () if isinstance(best.ranks, int) else best.ranks
+        parts = [" × ".join(map(str, each)) for each in (names, ranks) if each]
+        assert ", ".join(parts) == layout
 
 
 KINDS = {"dense": False, "sparse": True, "factored": "factored"}

@@ -8,7 +8,7 @@ from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pkm_triton.distributed.traffic import all_reduce_bytes
+from pkm_triton.distributed.collective_bytes import all_reduce_bytes
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,27 @@
 `data_parallel` wraps a model in `DistributedDataParallel` whose sparse and factored gradients are
 averaged without ever being dense; `ignore_sparse_values` and `average_sparse_values` are its parts,
 for where something else does the wrapping; `average_gradients` is for loops without it.
-`shard_memory` spreads tables that outgrow one device, and `traffic` says what that sends;
-`new_checkpoint` and `latest_checkpoint` name folders for `torch.distributed.checkpoint`.
+`shard_memory` spreads tables that outgrow one device; `plan` says how large they may be, and
+`traffic` what ranks then send each other; `new_checkpoint` and `latest_checkpoint` name folders for
+`torch.distributed.checkpoint`.
 """
 
 from .checkpoint_folders import latest_checkpoint, new_checkpoint
+from .collective_bytes import Collective
 from .data_parallel import (
     average_gradients,
     average_sparse_values,
     data_parallel,
     ignore_sparse_values,
 )
+from .plan import LayoutPlan, Plan, plan
 from .shard_memory import shard_memory, sharded_values
-from .traffic import Collective, Traffic, traffic
+from .traffic import Traffic, traffic
 
 __all__ = [
     "Collective",
+    "LayoutPlan",
+    "Plan",
     "Traffic",
     "average_gradients",
     "average_sparse_values",
@@ -26,6 +31,7 @@ __all__ = [
     "ignore_sparse_values",
     "latest_checkpoint",
     "new_checkpoint",
+    "plan",
     "shard_memory",
     "sharded_values",
     "traffic",

@@ -1,23 +1,6 @@
-"""What the ranks of a memory send each other, by formula.
+"""What the memories of a model send between ranks (see `collective_bytes`)."""
 
-P ranks; T tokens a rank, M the most of any; R = H · k reads a token; K slots; d_v columns, of which
-a rank has d_r; s bytes an element of the table, w of a weight. Bytes that each rank sends, and
-with equally many tokens receives:
-
-    sharded    forward   slots                    (P-1) · M · R · 4
-                         weights                  (P-1) · M · R · w   (2 with narrow_weights)
-                         sums                     (P-1) · T · d_r · s
-               backward  gradient of sums         as the sums
-                         gradient of weights      (P-1) · T · R · w
-    replicate  backward  dense: all-reduce        2 · (P-1) / P · K · d_v · s
-                         sparse: rows             (P-1) · rows read · (4 + d_v · s)
-                         factored: reads          (P-1) · M · (R · (4 + w) + d_v · s)
-
-and 32 bytes (8 or 16 with replicas) to every other rank where numbers of tokens, or rows, are
-compared first. Nothing but a dense gradient of replicas grows with K.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,28 +13,8 @@ from pkm_triton._optimizer_options import check_flag
 from pkm_triton.experts import ProductKeyExperts
 from pkm_triton.memory import _KeyValueMemory
 
+from .collective_bytes import Collective, Read, of_replicas, of_shards
 from .layouts import Layout, check_layouts, check_parts, cut
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One collective of a pass.
-
-    Attributes:
-        layer: the name of the memory; of several that share a table of replicas, all.
-        phase: "forward" or "backward".
-        collective: "all_gather", "all_to_all" or "all_reduce".
-        what: what is sent.
-        sent: bytes that each rank sends to others, by rank.
-        received: bytes that each rank receives from others.
-    """
-
-    layer: str
-    phase: str
-    collective: str
-    what: str
-    sent: tuple[int, ...]
-    received: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -134,7 +97,7 @@ def traffic(
         raise ValueError("model has no memory")
     if layouts == ("replicate",):
         most = None if rows_read is None else _each("rows_read", rows_read, count)
-        return Traffic(tuple(_of_replicas(memories, counts, most)))
+        return Traffic(tuple(_all_replicas(memories, counts, most)))
     forward: list[Collective] = []
     backward: list[Collective] = []
     for name, layer in memories.items():
@@ -143,7 +106,10 @@ def traffic(
                 f"memory {name!r} is of ProductKeyExperts, which can be replicated alone"
             )
         check_parts(name, layer.values.shape, layouts, mesh)
-        of_layer = _of_shards(name, layer, (layouts, mesh), counts, equal_tokens, narrow_weights)
+        pieces = cut((layer.values.shape[0], layer.values.shape[1]), layouts, mesh)
+        of_layer = of_shards(
+            name, read_of(layer, layer.values), pieces, counts, equal_tokens, narrow_weights
+        )
         forward += [each for each in of_layer if each.phase == "forward"]
         backward = [*(each for each in of_layer if each.phase == "backward"), *backward]
     return Traffic((*forward, *backward))
@@ -157,93 +123,22 @@ def _each(name: str, given: int | Sequence[int], ranks: int) -> list[int]:
     return [check_integer(f"{name}[{rank}]", each, 0) for rank, each in enumerate(given)]
 
 
-def _of_shards(
-    name: str,
-    layer: _KeyValueMemory,
-    lies: tuple[tuple[str, ...], list[int]],
-    counts: list[int],
-    equal_tokens: bool,
-    narrow_weights: bool,
-) -> list[Collective]:
-    reads, most = layer.heads * layer.top_k, max(counts)
-    values: Any = layer.values
-    pieces = cut((values.shape[0], values.shape[1]), *lies)
-    weight = 8 if getattr(layer, layer.keys_name).dtype == torch.float64 else 4
-    calls = _Calls(name, len(counts))
-    if not equal_tokens:
-        calls.gather("forward", "numbers of tokens", 4 * 8)
-    if most > 0:
-        calls.gather("forward", "slots", most * reads * 4)
-        calls.gather("forward", "weights", most * reads * (2 if narrow_weights else weight))
-
-    def sums(sender: int, receiver: int) -> int:
-        return counts[receiver] * pieces.width(sender) * values.itemsize
-
-    calls.exchange("forward", "sums", sums)
-    calls.exchange("backward", "gradient of sums", lambda r, p: sums(p, r))
-    calls.exchange("backward", "gradient of weights", lambda _, p: counts[p] * reads * weight)
-    return calls.made
-
-
-def _of_replicas(
+def _all_replicas(
     memories: dict[str, _KeyValueMemory], counts: list[int], rows_read: list[int] | None
 ) -> list[Collective]:
-    """Of each table, whose gradient of a pass is averaged once, however many layers share it."""
-    made: list[Collective] = []
-    tables: dict[int, list[tuple[str, _KeyValueMemory, Any]]] = {}
+    tables: dict[int, tuple[list[str], list[Read]]] = {}
     for name, layer in memories.items():
         for table in layer.tables:
-            tables.setdefault(id(table), []).append((name, layer, table))
-    for users in tables.values():
-        _, layer, table = users[0]
-        layers = [each for _, each, _ in users]
-        row = table.shape[1] * table.itemsize
-        reads = [count * sum(each.heads * each.top_k for each in layers) for count in counts]
-        calls = _Calls(", ".join(name for name, *_ in users), len(counts))
-        if not layer.sparse_grad:
-            calls.reduce("gradient", table.shape[0] * row)
-        elif layer.sparse_grad == "factored":
-            width = max(each.heads * each.top_k for each in layers)
-            tokens = max(counts) * len(layers)
-            calls.gather("backward", "numbers of reads", 2 * 8)
-            if tokens > 0:
-                calls.gather("backward", "slots", tokens * width * 4)
-                calls.gather("backward", "weights", tokens * width * max(4, table.itemsize))
-                calls.gather("backward", "gradient of sums", tokens * row)
-        else:
-            rows = rows_read or [min(table.shape[0], each) for each in reads]
-            calls.gather("backward", "numbers of rows", 8)
-            if max(rows) > 0:
-                calls.gather("backward", "rows read", max(rows) * 4)
-                calls.gather("backward", "their gradient", max(rows) * row)
-        made = [*calls.made, *made]
-    return made
+            names, users = tables.setdefault(id(table), ([], []))
+            names.append(name)
+            users.append(read_of(layer, table))
+    found = [of_replicas(", ".join(n), users, counts, rows_read) for n, users in tables.values()]
+    return [collective for of_table in reversed(found) for collective in of_table]
 
 
-class _Calls:
-    """The collectives of a layer among so many ranks, as they come."""
-
-    def __init__(self, layer: str, ranks: int) -> None:
-        self.layer, self.ranks = layer, range(ranks)
-        self.made: list[Collective] = []
-
-    def gather(self, phase: str, what: str, size: int) -> None:
-        self._add(phase, "all_gather", what, lambda *_: size)
-
-    def exchange(self, phase: str, what: str, size: Callable[[int, int], int]) -> None:
-        self._add(phase, "all_to_all", what, size)
-
-    def reduce(self, what: str, size: int) -> None:
-        moved = (all_reduce_bytes(size, len(self.ranks)),) * len(self.ranks)
-        self.made.append(Collective(self.layer, "backward", "all_reduce", what, moved, moved))
-
-    def _add(self, phase: str, name: str, what: str, size: Callable[[int, int], int]) -> None:
-        """`size(sender, receiver)` bytes between each two ranks."""
-        sent = tuple(sum(size(r, p) for p in self.ranks if p != r) for r in self.ranks)
-        received = tuple(sum(size(p, r) for p in self.ranks if p != r) for r in self.ranks)
-        self.made.append(Collective(self.layer, phase, name, what, sent, received))
-
-
-def all_reduce_bytes(size: int, ranks: int) -> int:
-    """What each rank sends in an all-reduce of so many bytes, and receives: as in a ring."""
-    return 2 * (ranks - 1) * size // ranks
+def read_of(layer: _KeyValueMemory, table: Any) -> Read:
+    """How a layer reads one of its tables."""
+    keys = getattr(layer, layer.keys_name)
+    weight_bytes = 8 if keys.dtype == torch.float64 else 4
+    reads = layer.heads * layer.top_k
+    return Read(tuple(table.shape), table.itemsize, reads, weight_bytes, layer.sparse_grad)
