@@ -9,7 +9,7 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import distributed
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
 
 import pkm_triton as pkm
 
@@ -42,11 +42,12 @@ def main() -> None:
             64, num_subkeys=64, query_dim=64, sparse_grad=True
         ),
     ).to(device)
-    # Every rank has all values, made from one seed: what is small is what a step reads of them.
-    values = pkm.param_groups(model)[1]["params"]
+    # Every rank has all values: what is small is what a step reads of them.
+    mesh = init_device_mesh(device.type, (ranks,))
+    pkm.distributed.shard_memory(model, mesh, "replicate")
     for block in model.layers:
-        fully_shard(block, ignored_params=set(values))
-    fully_shard(model, ignored_params=set(values))
+        pkm.distributed.fully_shard(block, mesh=mesh)
+    pkm.distributed.fully_shard(model, mesh=mesh)
     optimiser = pkm.optim.SparseAdam(pkm.param_groups(model, lr=1e-3, value_lr=1e-2))
     data = torch.randint(0, 32, (256, 4)).repeat(1, 8).to(device)
 
@@ -55,8 +56,7 @@ def main() -> None:
         tokens = data[32 * step % 256 :][:32][rank::ranks]
         logits = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()  # averages what FSDP shards
-        pkm.distributed.average_gradients(values)
+        loss.backward()  # averages gradients of all kinds
         pkm.optim.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()

@@ -1,6 +1,5 @@
 """The memory layers: product keys (paper 3) and the flat keys they are compared with."""
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -184,7 +183,7 @@ class _KeyValueMemory(HostedModule, ABC):
                 knows of padding.
 
         Returns:
-            [..., out_dim], in the dtype of `values`.
+            [..., out_dim], in the dtype of the keys.
 
         Raises:
             TypeError: if x is no floating tensor, or not of the parameters' dtype outside
@@ -200,7 +199,13 @@ class _KeyValueMemory(HostedModule, ABC):
         if self.usages and not recomputing():
             for usage in self.usages:
                 usage.add(slots, weights)
-        read = functools.partial(self._read, x, mask, slots.flatten(-2), weights.flatten(-2))
+        slots, weights = slots.flatten(-2), weights.flatten(-2)
+        # Values may have another, as under FSDP2's mixed precision, which casts all else.
+        dtype = getattr(self, self.keys_name).dtype
+
+        def read(gate: Tensor | None = None) -> Tensor:
+            return self._read(x, mask, slots, weights, gate).to(dtype)
+
         return read() if self.output is None else self.output(read, x, mask)
 
     def _read(

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import pkm_triton as pkm
 from pkm_triton.distributed import shard_memory
@@ -160,6 +160,7 @@ def run_more(rank, ranks, folder):
     _compiled(rank, ranks)
     _drawn()
     _wrapped(rank, ranks)
+    _mixed(rank, ranks)
     _narrow(rank, ranks)
     _averaged(rank)
 
@@ -222,26 +223,45 @@ def _drawn():
 
 def _wrapped(rank, ranks):
     """The rest under DistributedDataParallel and FSDP2, 20 steps."""
-    for wrap in ("ddp", "fsdp"):
-        model = sharded(True, torch.float32, "columns", (ranks,), rank)
-        if wrap == "ddp":
-            run = pkm.distributed.data_parallel(model)
-        else:
-            ignored = pkm.distributed.sharded_values(model)
-            run = fully_shard(model, mesh=make_mesh((ranks,)), ignored_params=ignored)
-        alone = make_model(True)
-        ours = SparseAdam(model.parameters(), lr=0.01)
-        theirs = SparseAdam(alone.parameters(), lr=0.01)
-        for step in range(20):
-            parts = [x + 0.1 for x in batches(ranks, step, torch.float32, equal=True)]
-            sum(loss(alone, x) / ranks for x in parts).backward()
-            loss(run, parts[rank]).backward()
-            for net, optimiser in ((alone, theirs), (model, ours)):
-                clip_grad_norm_(net.parameters(), 1.0)
-                optimiser.step()
-                optimiser.zero_grad()
-        expected = {name: p.detach() for name, p in alone.named_parameters()}
-        torch.testing.assert_close(parameters(model), expected, rtol=1e-3, atol=1e-4)
+    mesh = make_mesh((ranks,))
+    for form, layout in zip(FORMS, ("columns", "rows", "replicate"), strict=True):
+        for wrap in ("ddp", "fsdp"):
+            model = sharded(form, torch.float32, layout, (ranks,), rank)
+            if wrap == "ddp":
+                run = pkm.distributed.data_parallel(model)
+            else:
+                pkm.distributed.fully_shard(model[1], mesh=mesh)
+                run = pkm.distributed.fully_shard(model, mesh=mesh)
+            alone = make_model(form)
+            ours = SparseAdam(model.parameters(), lr=0.01)
+            theirs = SparseAdam(alone.parameters(), lr=0.01)
+            for step in range(20):
+                parts = [x + 0.1 for x in batches(ranks, step, torch.float32, equal=True)]
+                sum(loss(alone, x) / ranks for x in parts).backward()
+                loss(run, parts[rank]).backward()
+                for net, optimiser in ((alone, theirs), (model, ours)):
+                    clip_grad_norm_(net.parameters(), 1.0)
+                    optimiser.step()
+                    optimiser.zero_grad()
+            expected = {name: p.detach() for name, p in alone.named_parameters()}
+            torch.testing.assert_close(parameters(model), expected, rtol=1e-3, atol=1e-4)
+
+
+def _mixed(rank, ranks):
+    """Mixed precision casts the rest, not the table; what comes out is of the rest's dtype."""
+    mesh = make_mesh((ranks,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    x = batches(ranks, 0, torch.float32, equal=True)[rank]
+    expected = make_model()(x)
+    for form in FORMS:
+        model = sharded(form, torch.float32, "columns", (ranks,), 0)
+        out = pkm.distributed.fully_shard(model, mesh=mesh, mp_policy=policy)(x)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
+        out.float().square().mean().backward()
+        values = model[1].values
+        assert values.dtype == values.to_local().dtype == values.grad.dtype == torch.float32
+        assert dense_grad(model).count_nonzero() > 0
 
 
 def _narrow(rank, ranks):

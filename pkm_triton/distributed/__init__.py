@@ -3,6 +3,7 @@
 `data_parallel` wraps a model in `DistributedDataParallel` whose sparse and factored gradients are
 averaged without ever being dense; `ignore_sparse_values` and `average_sparse_values` are its parts,
 for where something else does the wrapping; `average_gradients` is for loops without it.
+`fully_shard` is FSDP2's, which leaves those values alone.
 `shard_memory` spreads tables that outgrow one device; `plan` says how large they may be, and
 `traffic` what ranks then send each other; `new_checkpoint` and `latest_checkpoint` name folders for
 `torch.distributed.checkpoint`.
@@ -16,6 +17,7 @@ from .data_parallel import (
     data_parallel,
     ignore_sparse_values,
 )
+from .fsdp import fully_shard
 from .plan import LayoutPlan, Plan, plan
 from .shard_memory import shard_memory, sharded_values
 from .traffic import Traffic, traffic
@@ -28,6 +30,7 @@ __all__ = [
     "average_gradients",
     "average_sparse_values",
     "data_parallel",
+    "fully_shard",
     "ignore_sparse_values",
     "latest_checkpoint",
     "new_checkpoint",

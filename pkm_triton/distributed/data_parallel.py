@@ -47,7 +47,7 @@ def ignore_sparse_values(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if that leaves no parameter that requires a gradient.
     """
-    values = {id(table) for layer in _left_out(model) for table in layer.tables}
+    values = {id(table) for layer in left_out(model) for table in layer.tables}
     names = [
         f"{prefix}.{name}"  # as DistributedDataParallel spells it, also where the prefix is empty
         for prefix, module in model.named_modules()
@@ -81,7 +81,7 @@ def average_sparse_values(
     Raises:
         ValueError: if the values have not been left out.
     """
-    layers = _left_out(parallel.module)
+    layers = left_out(parallel.module)
     for name, module in parallel.module.named_modules():
         tables = [f"{name}.{table}" for table in module.table_names] if module in layers else []
         if not set(tables) <= set(parallel.parameters_to_ignore):
@@ -180,8 +180,8 @@ def _average(table: Tensor, form: Any, group: Group) -> None:
     table.grad = (mean_factored if form == "factored" else mean_sparse)(grad, table, group)
 
 
-def _left_out(model: nn.Module) -> list[_KeyValueMemory]:
-    """Memories whose values DistributedDataParallel cannot average, or must not."""
+def left_out(model: nn.Module) -> list[_KeyValueMemory]:
+    """Memories whose values data parallelism cannot average, or must not."""
     return [
         module
         for module in model.modules()

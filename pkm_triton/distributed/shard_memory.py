@@ -30,8 +30,9 @@ def shard_memory(
 
     Each `values` becomes a DTensor parameter, and stays one parameter where layers share it. Every
     rank passes its own tokens, and gets their output at full width. Call it on all ranks, before
-    the optimiser is made, and before `fully_shard` (with `ignored_params=sharded_values(model)`) or
-    `data_parallel`, which leaves these values out by itself. The rest of the model is as it was.
+    the optimiser is made, and before `fully_shard` or `data_parallel` of this module, which leave
+    these values out (torch's `fully_shard` needs `ignored_params=sharded_values(model)`). The rest
+    of the model is as it was.
 
     Layouts, of K rows and d_v columns over P ranks (neither need divide P):
 

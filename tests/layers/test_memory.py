@@ -291,6 +291,16 @@ def test_bad_input(x, mask, error, message):
         assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.parametrize("output", [None, "linear", "gated"])
+def test_values_of_another_dtype_than_the_rest(output):
+    layer = pkm.ProductKeyMemory(16, **SIZES, output=output, dtype=torch.bfloat16)
+    layer.values.data = layer.values.data.float()
+    out = layer(torch.randn(3, 16).bfloat16())
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert layer.values.grad.dtype == torch.float32
+
+
 def test_dtypes_under_autocast():
     layer = pkm.ProductKeyMemory(16, **SIZES)
     with torch.autocast("cpu", torch.bfloat16):
