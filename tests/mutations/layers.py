@@ -3,6 +3,7 @@
 Each is a file, a text in it, what stands there instead, and the tests of which one must fail.
 """
 
+QUERY = "tests/layers/test_query.py"
 NORMS = "tests/layers/test_norms.py"
 USAGE = "tests/layers/test_usage.py"
 HOSTED = "tests/layers/test_hosted.py"
@@ -290,5 +291,26 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
         "GUARD: False}",
         "}",
         [HUGGING_FACE],
+    ),
+    (
+        "pkm_triton/hf/loading.py",
+        '_check_files(model, options.get("checkpoint_files"))',
+        "pass",
+        [HUGGING_FACE],
+    ),
+    (
+        "pkm_triton/hf/memories.py",
+        'vars(made)["_initialise"] = functools.partial(_refuse, place, made)',
+        "pass",
+        [HUGGING_FACE],
+    ),
+    ("pkm_triton/_module.py", "self._share_again(loaded)\n", "pass\n", [HOSTED]),
+    ("pkm_triton/_module.py", "next(held, tables[0])", "tables[0]", [HOSTED]),
+    ("pkm_triton/query.py", 'if self.norm_name == "batch":', "if False:", [QUERY]),
+    (
+        "pkm_triton/checkpoints.py",
+        "if attribute not in model.get_submodule(parent)._modules:",
+        "if False:",
+        [CHECKPOINTS],
     ),
 ]
