@@ -1,5 +1,7 @@
 """Which slots a corpus reads, and which a task reads more than others (Lin et al. 2025)."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -110,8 +112,11 @@ class SlotCounts:
         """Go on from what `state_dict` returned, on this instance's device.
 
         Raises:
+            TypeError: if the state is no mapping.
             ValueError: if something is missing (all of it is named), or of another size.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a state dict, not {type(state).__name__}")
         missing = [name for name in self.state_dict() if name not in state]
         if missing:
             raise ValueError(f"state has no {', '.join(missing)}")

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pkm_triton._checks import FLOATING_DTYPES
 from pkm_triton.memory import _KeyValueMemory
 
 Memory = TypeVar("Memory", bound=_KeyValueMemory)
@@ -20,7 +21,7 @@ class Layout:
         prefix: what the names of the memory's tensors begin with.
 
     Raises:
-        TypeError: if the state is no mapping, or a value under the prefix no tensor.
+        TypeError: if the state is no mapping, or a value under the prefix no floating tensor.
         ValueError: if nothing has the prefix.
     """
 
@@ -29,18 +30,19 @@ class Layout:
             raise TypeError(f"state must be a state dict, not {type(state).__name__}")
         self.source = source
         self.prefix = prefix
-        self.left = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        named = {str(name): tensor for name, tensor in state.items()}
+        self.left = {n.removeprefix(prefix): t for n, t in named.items() if n.startswith(prefix)}
         if not self.left:
-            some = ", ".join(sorted(state)[:5])
-            raise ValueError(f"state has no key that begins with {prefix!r}, but such as {some}")
+            some = f"but such as {', '.join(sorted(named)[:5])}" if named else "nor any other"
+            raise ValueError(f"state has no key that begins with {prefix!r}, {some}")
         for name, tensor in self.left.items():
-            if not isinstance(tensor, Tensor):
-                kind = type(tensor).__name__
-                raise TypeError(f"state[{prefix + name!r}] must be a tensor, not {kind}")
+            if name.endswith("num_batches_tracked") and isinstance(tensor, Tensor):
+                continue
+            check_floating(f"state[{prefix + name!r}]", tensor)
 
-    def has(self, name: str) -> bool:
-        """Whether there is a tensor of that name that has not been taken."""
-        return name in self.left
+    def has(self, stem: str) -> bool:
+        """Whether there is a tensor whose name begins so, and that has not been taken."""
+        return any(name.startswith(stem) for name in self.left)
 
     def take(self, *names: str) -> list[Tensor]:
         """The tensors of those names.
@@ -64,6 +66,19 @@ class Layout:
         if self.left:
             names = ", ".join(sorted(self.prefix + name for name in self.left))
             raise ValueError(f"state has what no layer here can express: {names}")
+
+
+def check_floating(name: str, tensor: Any) -> None:
+    """The tensor is one of numbers that a layer may hold.
+
+    Raises:
+        TypeError: if not.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING_DTYPES:
+        allowed = ", ".join(str(each) for each in FLOATING_DTYPES)
+        raise TypeError(f"{name} has dtype {tensor.dtype}, but must have one of {allowed}")
 
 
 def check_shape(name: str, tensor: Tensor, *sizes: int | None) -> None:
@@ -133,12 +148,9 @@ def copies(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def linear_layers(state: Iterable[str], stem: str) -> list[str]:
     """The names of the linear maps of a sequence in which every other one is an activation."""
-    found = sorted(
-        int(name.removeprefix(stem).split(".")[0])
-        for name in state
-        if name.startswith(stem) and name.endswith(".weight")
-    )
-    return [f"{stem}{number}" for number in found]
+    places = [name.removeprefix(stem).split(".")[0] for name in state if name.startswith(stem)]
+    last = max((int(place) for place in places if place.isdecimal()), default=-1)
+    return [f"{stem}{number}" for number in range(0, last + 1, 2)]
 
 
 def zeros_like_rows(weight: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ def from_lucidrains(state: Mapping[str, Tensor], top_k: int, prefix: str = "") -
     weight, keys, values = layout.take("to_queries.weight", "keys", "values.weight")
     layout.finish()
     check_shape("keys", keys, None, None, 2, None)
+    check_shape("to_queries.weight", weight, None, None)
     heads, num_subkeys, _, width = keys.shape
     if check_heads(weight.shape[0], 2 * width, "to_queries.weight") != heads:
         raise ValueError(

@@ -7,7 +7,15 @@ from torch import Tensor
 from pkm_triton.experts import ProductKeyExperts
 from pkm_triton.memory import ProductKeyMemory
 
-from .layout import Layout, build, check_expressible, check_heads, check_shape, copies
+from .layout import (
+    Layout,
+    build,
+    check_expressible,
+    check_floating,
+    check_heads,
+    check_shape,
+    copies,
+)
 
 _QUERY = ("query_proj.query_mlps.0.weight", "query_proj.query_mlps.0.bias")
 _OUTPUT = {
@@ -40,6 +48,8 @@ def from_meta(
         ValueError: if tensors are missing (all are named), left over, or do not fit together.
     """
     layout = Layout("facebookresearch/memory", state, prefix)
+    if values is not None:
+        check_floating("values", values)
     peer = layout.has("values_u") or layout.has("values_v")
     names = [*_QUERY, "keys"]
     if peer:
@@ -48,7 +58,7 @@ def from_meta(
         names.append("values.weight")
     elif layout.has("values.weight"):
         layout.take("values.weight")
-    gated, mapped = layout.has("swilu_projection.weight"), layout.has("value_proj.weight")
+    gated, mapped = layout.has("swilu_projection."), layout.has("value_proj.")
     outputs = list(_OUTPUT)[: 4 if gated else 2 if mapped else 0]
     found = dict(zip([*names, *outputs], layout.take(*names, *outputs), strict=True))
     layout.finish()
@@ -56,6 +66,7 @@ def from_meta(
     table = found.get("values_v", found.get("values.weight", values))
     assert table is not None
     check_shape("keys", keys, None, None)
+    check_shape(_QUERY[0], weight, None, None)
     half = keys.shape[1]
     heads = check_heads(weight.shape[0], 2 * half, _QUERY[0])
     num_subkeys = check_heads(keys.shape[0], 2 * heads, "keys")

@@ -43,21 +43,21 @@ def from_xlm(
     layout = Layout("XLM", state, prefix)
     deep = linear_layers(layout.left, f"{_MLP}0.") if not layout.has(f"{_MLP}0.weight") else []
     stems = deep or [f"{_MLP}0"]
-    tensors: dict[str, Tensor] = {}
+    norm = "batch" if not deep and layout.has(f"{_MLP}1.") else None
+    names = {f"{stem}.weight": f"query_net.layers.{2 * i}.weight" for i, stem in enumerate(stems)}
+    if norm is not None:
+        names |= {f"{_MLP}1.{name}": f"query_net.norm.{name}" for name in _NORM}
+    *parts, keys, values = layout.take(*names, "keys", "values.weight")
+    tensors = dict(zip(names.values(), parts, strict=True))
     for index, stem in enumerate(stems):
-        (weight,) = layout.take(f"{stem}.weight")
-        tensors[f"query_net.layers.{2 * index}.weight"] = weight
-        bias = f"{stem}.bias"
+        weight, bias = tensors[f"query_net.layers.{2 * index}.weight"], f"{stem}.bias"
+        check_shape(f"{stem}.weight", weight, None, None)
         tensors[f"query_net.layers.{2 * index}.bias"] = (
             layout.take(bias)[0] if layout.has(bias) else zeros_like_rows(weight)
         )
-    norm = None
-    if not deep and layout.has(f"{_MLP}1.weight"):
-        norm = "batch"
-        parts = layout.take(*(f"{_MLP}1.{name}" for name in _NORM))
-        tensors |= {f"query_net.norm.{n}": t for n, t in zip(_NORM, parts, strict=True)}
-    keys, values = layout.take("keys", "values.weight")
     layout.finish()
+    if keys.ndim not in (2, 3, 4):
+        raise ValueError(f"keys has {keys.ndim} dimensions, but must have 2, 3 or 4")
     weights = [tensors[f"query_net.layers.{2 * index}.weight"] for index in range(len(stems))]
     rows = weights[-1].shape[0]
     flat = keys.ndim == 3

@@ -216,7 +216,23 @@ def test_the_package_itself():
 @pytest.mark.parametrize(
     ("load", "state", "message"),
     [
-        (convert.from_xlm, {"keys": random(1)}, r"no m\.query_proj\.query_mlps\.0\.weight"),
+        (
+            convert.from_xlm,
+            {"query_proj.query_mlps.1.bias": random(1)},
+            r"no m\.query_proj\.query_mlps\.0\.weight, \S+1\.weight, \S+1\.running_mean, "
+            r"\S+1\.running_var, \S+1\.num_batches_tracked, m\.keys, m\.values\.weight",
+        ),
+        (
+            convert.from_xlm,
+            {"query_proj.query_mlps.0.4.bias": random(1)},
+            r"no \S+0\.0\.weight, \S+0\.2\.weight, \S+0\.4\.weight, m\.keys, m\.values\.weight",
+        ),
+        (convert.from_xlm, xlm_state() | {"keys": random(1)}, "keys has 1 dimensions, but must ha"),
+        (
+            convert.from_meta,
+            {"swilu_projection.bias": random(1)},
+            r"m\.keys, m\.values\.weight, m\.value_\S+weight, m\.value_\S+bias, m\.sw\S+weight$",
+        ),
         (convert.from_meta, {"keys": random(1)}, r"0\.weight, m\.query_\S+bias, m\.values\.weight"),
         (convert.from_lucidrains, {"keys": random(1)}, r"to_queries\.weight, m\.values\.weight"),
         (
@@ -252,6 +268,14 @@ def test_wrong_calls():
         convert.from_xlm([], TOP_K)
     with pytest.raises(ValueError, match=r"no key that begins with 'x\.', but such as "):
         convert.from_xlm(xlm_state(), TOP_K, "x.")
+    with pytest.raises(ValueError, match="no key that begins with '', nor any other"):
+        convert.from_xlm({}, TOP_K)
+    with pytest.raises(
+        TypeError, match=r"state\['keys'\] has dtype torch.int64, but must have one"
+    ):
+        convert.from_xlm(xlm_state() | {"keys": torch.ones(2, 2, 5, 3, dtype=torch.int64)}, TOP_K)
+    with pytest.raises(TypeError, match="values must be a tensor, not int"):
+        convert.from_meta(meta_state(), TOP_K, values=3)
     with pytest.raises(ValueError, match="top_k is 26"):
         convert.from_xlm(xlm_state(), 26)
     sizes = {"num_subkeys": 4, "heads": 2, "top_k": 3, "query_dim": 4}

@@ -116,6 +116,7 @@ def test_all_reduce(tmp_path):
         (lambda c: c.merge(pkm.SlotCounts(3)), ValueError, "other has 3 slots, but must have 12"),
         (lambda c: c.merge(3), TypeError, "other must be a SlotCounts"),
         (lambda c: c.load_state_dict({"counts": c.counts}), ValueError, "no batches_with, num_b"),
+        (lambda c: c.load_state_dict(3), TypeError, "state must be a state dict, not int"),
         (lambda c: c.load_state_dict(pkm.SlotCounts(3).state_dict()), ValueError, r"shape \[3\]"),
         (lambda c: pkm.rank_slots(c, c, 0), ValueError, "top is 0"),
         (lambda c: pkm.rank_slots(c, c, 13), ValueError, "top is 13, but there are only 12"),
