@@ -2,17 +2,18 @@
 
 import copy
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._backend import implementation
-from ._checks import check_integer
+from ._checks import SparseGrad, check_integer
 from ._devices import OnDevice, made_current
 from ._row_optimizer import RowOptimizer, RowStep
 from .experts import ProductKeyExperts
-from .gradients import Reads
+from .gradients import Reads, local
 from .memory import FlatKeyMemory, ProductKeyMemory
 
 Memory = ProductKeyMemory | FlatKeyMemory
@@ -32,7 +33,8 @@ def warm_up(
     compiled several at once. Without it each kernel is compiled when it is first launched, one
     after the other. Call it under the `torch.autocast` that the passes run under, while no other
     thread launches kernels. Where the reference runs (on a CPU), and for float64, there is nothing
-    to compile. Values of `shard_memory` are left out: ranks gather from parts of them.
+    to compile. Of values of `shard_memory` each rank compiles for its own part, and for equally
+    many tokens on all ranks.
 
     Args:
         module: a memory layer, or a model with some; on its device.
@@ -104,12 +106,54 @@ def launches_of(
 
     with as_if(chip_of(layers[0].values.device)), recorded_launches() as launches:
         for layer in layers:
-            _Passes(kernels, layer, tokens).run()
-            whole = [table for table in layer.tables if not hasattr(table, "to_local")]
-            for table in whole:
-                if layer.training and isinstance(optimizer, RowOptimizer):
-                    _step(kernels, layer, table, tokens, optimizer)
+            passes = _Passes(kernels, layer, tokens)
+            passes.run()
+            if layer.training and isinstance(optimizer, RowOptimizer):
+                for reading in passes.readings:
+                    _step(kernels, reading, optimizer)
     return launches
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Reads of a table, on tensors without data.
+
+    Attributes:
+        parameter: the table, of which this rank may have a part.
+        form: of the table's gradient; None where it needs none.
+        reads: slots, weights, and the gradient of the output, or the tokens that are multiplied.
+    """
+
+    parameter: Tensor
+    form: SparseGrad | None
+    reads: Reads
+
+    @property
+    def table(self) -> Tensor:
+        """The part of this rank."""
+        return _meta(local(self.parameter))
+
+
+def _readings(layer: Memory, tokens: int) -> list[_Reading]:
+    """The gathers of a layer: one, but for slots that train beside the others."""
+    values, tuned = layer.values, layer.tuned
+    if layer.sharding is not None:
+        # A rank gathers its part for the tokens of all.
+        tokens *= layer.sharding.ranks
+    shape = (tokens, layer.heads * layer.top_k)
+    slots = torch.empty(shape, dtype=torch.int32, device="meta")
+    weights = torch.empty(shape, device="meta")
+
+    def reading(table: Tensor, form: SparseGrad, dtype: torch.dtype) -> _Reading:
+        out = torch.empty(tokens, local(table).shape[1], dtype=dtype, device="meta")
+        trains = form if table.requires_grad else None
+        return _Reading(table, trains, Reads(slots, weights, out))
+
+    if tuned is None:
+        return [reading(values, layer.sparse_grad, values.dtype)]
+    # Their sums are added before they are rounded.
+    wide = torch.promote_types(torch.float32, values.dtype)
+    return [reading(values, False, wide), reading(tuned.values, False, wide)]
 
 
 class _Passes:
@@ -117,6 +161,7 @@ class _Passes:
 
     def __init__(self, functions: Any, layer: Memory, tokens: int) -> None:
         self._functions, self._layer, self._tokens = functions, layer, tokens
+        self.readings = _readings(layer, tokens)
         self._reads = (tokens, layer.heads * layer.top_k)
         self._slots = torch.empty(self._reads, dtype=torch.int32, device="meta")
         self._weights = torch.empty(self._reads, device="meta")
@@ -141,40 +186,44 @@ class _Passes:
             scores = self._weights.view(self._tokens, layer.heads, layer.top_k)
             slots = self._slots.view(scores.shape)
             getattr(run, f"{name}_backward")(scores, self._query, self._keys, slots)
-        if not hasattr(layer.values, "to_local"):
-            self._run_on_tables()
-
-    def _run_on_tables(self) -> None:
-        layer, run = self._layer, self._functions
         if isinstance(layer, ProductKeyExperts):
             run.sample_values(_meta(layer.inputs), self._slots, self._x)
-        out = run.gather_values(_meta(layer.values), self._slots, self._weights)
+        for reading in self.readings:
+            self._gather(reading)
+        if isinstance(layer, ProductKeyExperts):
+            form = layer.sparse_grad if layer.inputs.requires_grad else None
+            reads = Reads(self._slots, self._weights, self._x)
+            inputs = _Reading(layer.inputs, form, reads)
+            self.readings.append(inputs)
+            if layer.training:
+                self._sample_backward(inputs)
+
+    def _gather(self, reading: _Reading) -> None:
+        layer, run = self._layer, self._functions
+        reads, table = reading.reads, reading.table
+        out = reads.grad_output
+        run.gather_values(table, reads.slots, reads.weights, out.dtype)
         gated = layer.output is not None and layer.output.gate_proj is not None
-        if gated and not layer.training and self._x.dtype == out.dtype:
-            run.gather_values(_meta(layer.values), self._slots, self._weights, gate=out)
-        if layer.training:
-            self._gather_backward(out)
-            if isinstance(layer, ProductKeyExperts):
-                self._sample_backward(layer.inputs)
-
-    def _gather_backward(self, grad: Tensor) -> None:
-        layer, run = self._layer, self._functions
-        reads = grad, _meta(layer.values), self._slots, self._weights
-        if layer.sparse_grad is True and layer.values.requires_grad:
-            run.gather_values_backward_sparse(*reads, True)
+        whole = layer.tuned is None and layer.sharding is None
+        if gated and whole and not layer.training and self._x.dtype == out.dtype:
+            run.gather_values(table, reads.slots, reads.weights, gate=out)
+        if not layer.training:
+            return
+        inputs = out, table, reads.slots, reads.weights
+        if reading.form is True:
+            run.gather_values_backward_sparse(*inputs, True)
         else:
-            dense = layer.sparse_grad is False and layer.values.requires_grad
-            run.gather_values_backward(*reads, dense, True)
+            run.gather_values_backward(*inputs, reading.form is False, True)
 
-    def _sample_backward(self, table: Tensor) -> None:
-        layer, run = self._layer, self._functions
-        inputs = _meta(table)
-        run.gather_values(inputs, self._slots, self._weights)
-        scattered = self._slots, self._weights, self._x, layer.num_slots, inputs.dtype
-        if layer.sparse_grad is True and table.requires_grad:
-            run.scatter_values_sparse(*scattered)
-        elif layer.sparse_grad is False and table.requires_grad:
-            run.scatter_values(*scattered)
+    def _sample_backward(self, reading: _Reading) -> None:
+        run, table = self._functions, reading.table
+        reads = reading.reads
+        run.gather_values(table, reads.slots, reads.weights)
+        sums = reads.slots, reads.weights, reads.grad_output, table.shape[0], table.dtype
+        if reading.form is True:
+            run.scatter_values_sparse(*sums)
+        elif reading.form is False:
+            run.scatter_values(*sums)
 
 
 def _input_dtype(layer: Memory) -> torch.dtype:
@@ -192,21 +241,18 @@ def _meta(tensor: Tensor) -> Tensor:
     return _like(tensor, tuple(tensor.shape))
 
 
-def _step(
-    functions: Any, layer: Memory, table: Tensor, tokens: int, optimizer: RowOptimizer
-) -> None:
+def _step(functions: Any, reading: _Reading, optimizer: RowOptimizer) -> None:
     """The step of a table, where it is among the optimiser's parameters."""
+    table = reading.table
     for group in optimizer.param_groups:
-        if not any(table is param for param in group["params"]):
+        if reading.form is None or all(reading.parameter is not each for each in group["params"]):
             continue
         step = _row_step(functions, table, optimizer, group)
-        if layer.sparse_grad == "factored":
-            shape = (tokens, layer.heads * layer.top_k)
-            slots = torch.empty(shape, dtype=torch.int32, device="meta")
-            weights = torch.empty(shape, device="meta")
-            grad = _like(table, (tokens, table.shape[1]))
+        if reading.form == "factored":
+            slots, weights = reading.reads.slots, reading.reads.weights
+            grad = _like(table, (slots.shape[0], table.shape[1]))
             optimizer.update_reads(step, Reads(slots, weights, grad))
-        elif layer.sparse_grad:
+        elif reading.form:
             rows = torch.empty(1, dtype=torch.int64, device="meta")
             optimizer.update_rows(step, rows, _like(table, (1, table.shape[1])))
         else:

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from triton.runtime.interpreter import InterpretedFunction
 
 import pkm_triton as pkm
@@ -93,6 +94,50 @@ def test_plans_the_options_of_a_step(launched):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks into the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plans_the_slots_that_train_beside_the_others(dtype, launched):
+    layer = pkm.ProductKeyMemory(8, **SIZES, sparse_grad=True, dtype=dtype)
+    tuned = pkm.train_slots(layer, torch.tensor([3, 5]))
+    optimizer = pkm.optim.SparseAdam([tuned])
+    planned = {compiled_for(*launch) for launch in launches_of([layer], TOKENS, optimizer)}
+    train(layer, optimizer)
+    assert launched <= planned
+    assert "sparse_adam_kernel" in {name for name, *_ in launched}
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of this process alone."""
+    if not distributed.is_gloo_available():
+        pytest.skip("needs gloo")
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks into the interpreter")
+@pytest.mark.parametrize("form", [False, True, "factored"])
+def test_plans_the_gather_of_this_ranks_part(form, mesh, launched):
+    layer = pkm.ProductKeyMemory(8, **SIZES, sparse_grad=form, dtype=torch.bfloat16)
+    pkm.distributed.shard_memory(layer, mesh, "columns", narrow_weights=True)
+    optimizer = pkm.optim.SparseAdam([layer.values])
+    planned = {compiled_for(*launch) for launch in launches_of([layer], TOKENS, optimizer)}
+    train(layer, optimizer)
+    assert launched <= planned
+    assert {"gather_values_kernel"} < {name for name, *_ in launched}
+
+
+def test_plans_the_tokens_of_all_ranks(mesh, monkeypatch):
+    layer = pkm.ProductKeyMemory(8, **SIZES).eval()
+    pkm.distributed.shard_memory(layer, mesh, "columns")
+    monkeypatch.setattr(type(layer.sharding), "ranks", 100)
+    launches = launches_of([layer], TOKENS, None)
+    slots = [args[1] for kernel, args, _ in launches if kernel.__name__ == "gather_values_kernel"]
+    assert [each.shape for each in slots] == [(100 * TOKENS, 2)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looks into the interpreter")
 def test_plans_the_gather_of_inference_that_takes_the_gate(launched):
     layer = pkm.ProductKeyMemory(8, **SIZES, output="gated").eval()
     planned = {compiled_for(*launch) for launch in launches_of([layer], TOKENS, None)}
@@ -147,10 +192,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 import pkm_triton as pkm
 from pkm_triton.compiling import launches_of
-from pkm_triton.kernels.chip import INTERPRETER, as_if
-from pkm_triton.kernels.launches import recorded_launches
-from pkm_triton.perf.check import lookups
-from pkm_triton.perf.check.setting import Setting
 from pkm_triton.kernels.launches import compile_launches
 
 class Driver:
