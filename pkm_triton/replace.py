@@ -198,6 +198,6 @@ def _find_layers(model: nn.Module, ffn: str) -> tuple[str, nn.ModuleList]:
     if len(lists) > 1:
         raise ValueError(
             f"ffn is {ffn!r}, but model has several lists of layers with such a module: "
-            f"{', '.join(lists)}; give one part of the model"
+            f"{', '.join(lists)}; give one part of the model (`part` of add_memories)"
         )
     return next(iter(lists.items()))

@@ -29,6 +29,7 @@ def add_memories(
     model: PreTrainedModel,
     layers: Sequence[int],
     *,
+    part: str = "",
     ffn: str = "mlp",
     kind: type[_KeyValueMemory] = ProductKeyMemory,
     share_values: bool = False,
@@ -40,9 +41,11 @@ def add_memories(
     `from_pretrained` brings the model back bitwise; elsewhere it fails, and names this package.
 
     Args:
-        model: a model of transformers; changed in place.
+        model: a model of transformers, as it will be saved; changed in place.
         layers: which, counted from 1 (see `pkm_triton.transformer.memory_layers`); at least one,
             and none that has a memory.
+        part: name of the part of the model that is meant, where several have such layers:
+            "encoder", "model.language_model"; by default the whole.
         ffn: name of the FFN within a layer (see `replace_ffn`).
         kind: `ProductKeyMemory`, `FlatKeyMemory` or `ProductKeyExperts`.
         share_values: whether the memories share one table of values (experts both tables).
@@ -53,8 +56,8 @@ def add_memories(
 
     Raises:
         TypeError: if the model is none of transformers, or an option unknown or of the wrong type.
-        ValueError: if a layer, the FFN or an option does not fit (see `replace_ffn`). The model is
-            as it was then.
+        ValueError: if a part, a layer, the FFN or an option does not fit (see `replace_ffn`). The
+            model is as it was then.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a PreTrainedModel, not {type(model).__name__}")
@@ -69,8 +72,9 @@ def add_memories(
     for name in options:
         if name not in allowed:
             raise TypeError(f"{name!r} is no option of {kind.__name__}: {', '.join(allowed)}")
-    check_no_memory(model, layers, ffn)
-    dim = model.config.get_text_config().hidden_size
+    within = _part(model, part)
+    check_no_memory(within, layers, ffn)
+    dim = getattr(within, "config", model.config).get_text_config().hidden_size
     first: list[_KeyValueMemory] = []
 
     def make() -> _KeyValueMemory:
@@ -80,11 +84,23 @@ def add_memories(
             sharing.share_values(first)
         return memory
 
-    memories = replace_ffn(model, layers, make, ffn=ffn)
+    memories = replace_ffn(within, layers, make, ffn=ffn)
     if share_values:
         sharing.share_values(first)  # they were moved to a device and dtype one by one
     write_config(model)
     return memories
+
+
+def _part(model: nn.Module, part: str) -> nn.Module:
+    if not isinstance(part, str):
+        raise TypeError(f"part must be a name, not {part!r}")
+    try:
+        return model.get_submodule(part)
+    except AttributeError:
+        names = ", ".join(repr(name) for name, _ in model.named_children())
+        raise ValueError(
+            f"part is {part!r}, but model has no such module; it has {names}"
+        ) from None
 
 
 def _options(kind: type[nn.Module]) -> list[str]:

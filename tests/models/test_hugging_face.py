@@ -424,3 +424,60 @@ def test_nothing_to_write():
     assert getattr(model.config, "quantization_config", None) is None
     with pytest.raises(TypeError, match="model must be a PreTrainedModel, not Linear"):
         pkm.hf.write_config(nn.Linear(2, 2))
+
+
+def t5():
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+            decoder_start_token_id=0, dropout_rate=0.0,
+        )
+    )  # fmt: skip
+
+
+def llava():
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            vision_config=vision, text_config=llama().config, image_token_index=3
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("make_model", "parts", "ffn"),
+    [
+        (t5, ["encoder"], "layer.1"),
+        (t5, ["encoder", "decoder"], "layer.1"),
+        (llava, ["model.language_model"], "mlp"),
+        (llava, ["model.vision_tower", "model.language_model"], "mlp"),
+    ],
+)
+def test_parts_of_a_model(make_model, parts, ffn, tmp_path):
+    model = make_model()
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=r"several lists .*give one part .*`part` of add_memories"):
+        pkm.hf.add_memories(model, [2], ffn=ffn, **SIZES)
+    assert dict(model.named_modules()) == before
+    for part in parts:
+        name = "layer.2" if part == "decoder" else ffn
+        pkm.hf.add_memories(model, [2], part=part, ffn=name, share_values=True, **SIZES)
+    assert len(memories(model)) == len(parts)
+    model.save_pretrained(tmp_path)
+    for load in (pkm.hf.from_pretrained, type(model).from_pretrained):
+        ours, theirs = model.state_dict(), load(tmp_path).state_dict()
+        assert list(ours) == list(theirs)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_part_that_there_is_not():
+    model = t5()
+    with pytest.raises(
+        ValueError, match="part is 'body', but model has no such module; it has 'sh"
+    ):
+        pkm.hf.add_memories(model, [1], part="body", **SIZES)
+    with pytest.raises(TypeError, match="part must be a name, not 3"):
+        pkm.hf.add_memories(model, [1], part=3, **SIZES)
