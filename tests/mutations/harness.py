@@ -20,9 +20,39 @@ MUTATIONS = {
     ),
     "sparse gradients planned as dense ones": Mutation(
         "pkm_triton/compiling.py",
-        "if layer.sparse_grad is True and layer.values.requires_grad:",
-        'if layer.sparse_grad == "sparse" and layer.values.requires_grad:',
+        "        if reading.form is True:\n            run.gather_values_backward_sparse",
+        "        if False:\n            run.gather_values_backward_sparse",
         f"{WARM_UP} -k training_step",
+    ),
+    "slots that train planned in their table's dtype": Mutation(
+        "pkm_triton/compiling.py",
+        "reading(tuned.values, False, wide)",
+        "reading(tuned.values, False, values.dtype)",
+        f"{WARM_UP} -k beside_the_others",
+    ),
+    "a rank's part planned for its own tokens": Mutation(
+        "pkm_triton/compiling.py",
+        "tokens *= layer.sharding.ranks",
+        "tokens *= 1",
+        f"{WARM_UP} -k tokens_of_all_ranks",
+    ),
+    "a baseline compiled with what the ones before it left": Mutation(
+        "perf/sweep/run.py",
+        "        torch.compiler.reset()\n",
+        "        pass\n",
+        "tests/perf/sweep/test_run.py -k compiled_for_its_sizes",
+    ),
+    "launches hidden behind the clearing of a cache": Mutation(
+        "perf/measure/timing.py",
+        "if not each.queued:",
+        "if each.queued:",
+        "tests/perf/measure/test_cuda_timer.py -k idle_gpu",
+    ),
+    "a table of ranks that no stream waits for": Mutation(
+        "kernels/combine/plan.py",
+        "made.synchronize()",
+        "made.record()",
+        "tests/kernels/test_rank_pairs.py -k every_stream",
     ),
     "evaluation planned with a backward pass": Mutation(
         "pkm_triton/compiling.py",
