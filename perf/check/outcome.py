@@ -83,6 +83,16 @@ class Report:
         checked = any(line.outcome.status == PASS for line in self.lines)
         return self.complete and checked and not self.failed
 
+    @property
+    def verdict(self) -> str:
+        """PASS, FAIL, NOT FINISHED, or MEASURED where there was nothing but measurements."""
+        if not self.complete and not self.failed:
+            return "NOT FINISHED"
+        measured = any(line.outcome.status == INFO for line in self.lines)
+        if measured and all(line.group == MEASURED for line in self.lines):
+            return "MEASURED"
+        return "PASS" if self.passed else "FAIL"
+
     def as_json(self) -> dict[str, Any]:
         """Plain data, to be read by `from_json`."""
         return {"format": FORMAT, "passed": self.passed, **dataclasses.asdict(self)}

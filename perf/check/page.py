@@ -5,9 +5,8 @@ from .outcome import INFO, MEASURED, Line, Report, counts
 
 def markdown(report: Report) -> str:
     """A page to be pasted into an issue: the verdict, the machine, and a line for each check."""
-    verdict = "PASS" if report.passed else "FAIL" if report.complete else "NOT FINISHED"
     summary = ", ".join(f"{count} {name}" for name, count in counts(report.lines).items())
-    parts = [f"# pkm-perf check: {verdict}", f"{summary}."]
+    parts = [f"# pkm-perf check: {report.verdict}", f"{summary}."]
     if report.failed:
         failed = "\n".join(f"- {line.group}: {line.name}" for line in report.failed)
         parts.append(f"Failed:\n\n{failed}")

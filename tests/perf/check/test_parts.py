@@ -78,6 +78,26 @@ def test_what_breaks_off_is_a_line_and_the_next_is_done():
     assert not Report({}, {}, [skipped], complete=True).passed
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "complete", "verdict"),
+    [
+        ({"Gather": "PASS", "Speed": "INFO"}, True, "PASS"),
+        ({"Gather": "PASS", "Speed": "INFO"}, False, "NOT FINISHED"),
+        ({"Gather": "FAIL", "Speed": "INFO"}, False, "FAIL"),
+        ({"Gather": "SKIP", "Speed": "INFO"}, True, "FAIL"),
+        ({"Speed": "INFO"}, True, "MEASURED"),
+        ({"Speed": "INFO"}, False, "NOT FINISHED"),
+        ({"Speed": "OUT OF MEMORY"}, True, "FAIL"),
+    ],
+)
+def test_the_verdict(outcomes, complete, verdict):
+    lines = [Line(group, "it", Outcome(status), 0.1) for group, status in outcomes.items()]
+    report = Report({}, {}, lines, complete)
+    assert report.verdict == verdict
+    assert markdown(report).startswith(f"# pkm-perf check: {verdict}\n")
+    assert report.passed == (verdict == "PASS")
+
+
 @pytest.fixture
 def report():
     """As of a GPU: checks, a failure, and measurements."""
