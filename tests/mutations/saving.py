@@ -1,4 +1,4 @@
-"""Planted bugs of what saves and loads models that lie over ranks.
+"""Planted bugs of what wraps, saves, loads and trains models that lie over ranks.
 
 Each is a file, a text in it, what stands there instead, and the tests of which one must fail.
 """
@@ -6,6 +6,8 @@ Each is a file, a text in it, what stands there instead, and the tests of which 
 FOLDERS = "tests/distributed/test_checkpoints.py -k killed"
 LARGE = "tests/distributed/test_checkpoints.py -k whole_table"
 FILE = "tests/distributed/test_one_file.py -k one_process"
+WRAPPED = "tests/distributed/test_sharded.py -k wrapped"
+MEMORY = "tests/layers/test_memory.py -k another_dtype"
 SHARD = "tests/perf/studies/test_shard.py -k one_rank"
 HANGS = "tests/perf/studies/test_shard.py -k hangs"
 WRONG = "tests/distributed/test_one_file.py -k wrong"
@@ -56,6 +58,9 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
         "ValueError)",
         [WRONG],
     ),
+    # Wrapping.
+    ("pkm_triton/distributed/fsdp.py", "values | set(", "set(", [WRAPPED]),
+    ("pkm_triton/memory.py", "weights, gate).to(dtype)", "weights, gate)", [MEMORY]),
     # Trainings.
     (
         "perf/studies/ranks.py",

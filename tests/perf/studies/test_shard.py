@@ -16,9 +16,12 @@ from ranks import run_two_ranks
 
 import pkm_triton as pkm
 from pkm_triton.perf.__main__ import main
+from pkm_triton.perf.records.row_file import read_rows
 from pkm_triton.perf.studies.data import make_data
 from pkm_triton.perf.studies.evaluation import evaluate
 from pkm_triton.perf.studies.models import build_model
+from pkm_triton.perf.studies.presets import PRESETS
+from pkm_triton.perf.studies.records import TrainedRow
 from pkm_triton.perf.studies.training import Trainer
 
 LAYOUTS = ("columns", "rows")
@@ -28,11 +31,14 @@ from pathlib import Path
 import pkm_triton as pkm
 from pkm_triton.perf.studies.data import make_data
 from pkm_triton.perf.studies.evaluation import evaluate
+from pkm_triton.perf.records.row_file import RowFile
 from pkm_triton.perf.studies.ranks import Ranks
+from pkm_triton.perf.studies.records import TrainedRow
+from pkm_triton.perf.studies.runner import train_trials
 from pkm_triton.perf.studies.training import Trainer
 
 torch.set_default_dtype(torch.float64)
-trials, text = pickle.loads(Path(folder, "trials").read_bytes())
+trials, text, facts = pickle.loads(Path(folder, "trials").read_bytes())
 
 def trainer_of(trial, layout):
     return Trainer(trial, make_data(trial, text), ranks=Ranks(rank, 2, layout))
@@ -55,6 +61,17 @@ for number, trial in enumerate(trials):
         assert abs(second.run(path, output=io.StringIO()) - loss) < 1e-9 * loss
         assert second.step == trial.steps
         pkm.save_with_memory(second.model, f"{name}.resumed.pt")
+
+ranks = Ranks(rank, 2, "rows")
+file = RowFile(Path(folder, "trained.csv"), TrainedRow)
+again = dataclasses.replace(trials[0], steps=3)  # from whose checkpoint the other goes on
+assert train_trials([again, trials[0]], file, text, ranks=ranks) == 2
+try:
+    train_trials([dataclasses.replace(facts, tuning="slots-2")], file, None, ranks=ranks)
+except ValueError as error:
+    assert "shard: 'rows' is not possible with tuning 'slots-2'" in str(error)
+else:
+    raise AssertionError
 """
 
 
@@ -70,7 +87,7 @@ def double_precision():
 def test_tables_over_ranks_give_the_one_rank_result(trial, text, tmp_path, double_precision):
     """In float64 within 1e-9, of sums in another order; resumed in another layout alike."""
     trials = [dataclasses.replace(trial, steps=20, sparse_grad=sparse) for sparse in (False, True)]
-    (tmp_path / "trials").write_bytes(pickle.dumps((trials, text)))
+    (tmp_path / "trials").write_bytes(pickle.dumps((trials, text, PRESETS["tiny"].forgetting)))
     run_two_ranks(RANK, tmp_path)
     for number, each in enumerate(trials):
         for layout in LAYOUTS:
@@ -93,6 +110,11 @@ def test_tables_over_ranks_give_the_one_rank_result(trial, text, tmp_path, doubl
                 theirs = loaded(which).state_dict()
                 for key, tensor in alone.model.state_dict().items():
                     torch.testing.assert_close(theirs[key], tensor, msg=key, atol=1e-8, rtol=1e-6)
+    first, last = read_rows(tmp_path / "trained.csv", TrainedRow)
+    assert (first.steps, last.steps) == (3, 20)
+    _, figures = torch.load(tmp_path / "rows-0.0", weights_only=False)
+    assert last.perplexity == pytest.approx(figures.perplexity, rel=1e-9)
+    assert not (tmp_path / "checkpoints").exists()
     start = [loaded_values(tmp_path / f"{layout}-0.start.pt") for layout in LAYOUTS]
     assert torch.equal(*start)  # drawn alike in either layout
 
