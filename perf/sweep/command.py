@@ -218,7 +218,8 @@ def _plan(
     """The points still to be measured, a line each, and about how long they will take."""
     lines = [f"{point.label()} {point.dtype} {point.query_norm}" for point in todo]
     total = (
-        f"{len(todo)} of {len(points)} points are to be measured, in about {_span(*span)}, "
+        f"{len(todo)} of {len(points)} points are to be measured on "
+        f"{device_name(points[0].device)}, in about {_span(*span)}, "
         f"and longer where one pass takes longer than {limits.seconds:g} s"
     )
     return [*lines, total]

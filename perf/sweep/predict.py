@@ -18,14 +18,19 @@ def predicted_bytes(point: Point) -> int:
     keys = width * (point.num_subkeys if point.keys == "product" else point.num_slots)
     others = keys + point.dim * width
     reads = point.tokens * point.heads * point.top_k
+    own, rows_read = point.implementation == "pkm_triton", min(reads, point.num_slots)
     elements = values + others
     if point.backward:
-        # A sparse gradient is held twice while it is made coalesced; indices are 8 bytes.
-        elements += others + (2 * reads * (point.value_dim + 4) if point.sparse_grad else values)
+        # Others' sparse gradients have a row a read, and are held twice while they are made
+        # coalesced; indices are 8 bytes.
+        rows = rows_read if own else 2 * reads
+        elements += others + (rows * (point.value_dim + 4) if point.sparse_grad else values)
     if point.steps:
-        # What a step makes of the gradient: a few rows a read, or tables.
-        elements += 6 * reads * point.value_dim if point.sparse_grad else 2 * values
-    if point.keys == "product" and point.implementation != "pkm_triton":
+        # What a step makes of the gradient: a few rows for each that was read, or tables; a kernel
+        # of ours makes none.
+        rows = rows_read if own and point.device == "cuda" else 6 * rows_read
+        elements += rows * point.value_dim if point.sparse_grad else 2 * values
+    if point.keys == "product" and not own:
         # Scores, their copy for the backward pass, k² candidates with their int64 indices.
         rows = point.tokens * point.heads
         elements += rows * (4 * point.num_subkeys + 4 * point.top_k**2)

@@ -12,6 +12,7 @@ import pytest
 from pkm_triton.perf.__main__ import main
 from pkm_triton.perf.compiled import kernel_report
 from pkm_triton.perf.measure import timing
+from pkm_triton.perf.records.environment import device_name
 from pkm_triton.perf.records.sweep_row import SCHEMA, read_rows
 from pkm_triton.perf.sweep import command as sweep_command
 
@@ -78,7 +79,7 @@ def test_a_grid_of_ones_own_is_measured_and_nothing_else(tmp_path, capsys):
     assert main(["sweep", *GRID, "--dry-run", "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert printed.count("pkm_triton product |C|=") == 4
-    assert "4 of 4 points are to be measured, in about " in printed
+    assert f"4 of 4 points are to be measured on {device_name('cpu')}, in about " in printed
     assert not (tmp_path / "out").exists()
     assert main(["sweep", *GRID, "--output", str(tmp_path / "out")]) == 0
     rows = read_rows(tmp_path / "out" / "sweep.csv")
