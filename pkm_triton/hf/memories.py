@@ -206,7 +206,12 @@ def build(model: PreTrainedModel, config: MemoryConfig, dtype: torch.dtype | Non
 def _refuse(place: str, memory: nn.Module, loaded: set[torch.Tensor]) -> None:
     """In place of initialising what was not loaded: a memory of a config has its weights."""
     tensors = (*memory.named_parameters(), *memory.named_buffers())
-    lacking = [f"{place}.{name}" for name, tensor in tensors if tensor not in loaded]
+    # What is offloaded to a disk stays on the meta device; what the weights lack does not.
+    lacking = [
+        f"{place}.{name}" for name, each in tensors if each not in loaded and not each.is_meta
+    ]
+    if not lacking:
+        return
     raise ValueError(
         f"the weights have no {', '.join(lacking)}, which the memory at {place!r} has, as the "
         f"config has it: {BEFORE_SAVING}"

@@ -481,3 +481,15 @@ def test_a_part_that_there_is_not():
         pkm.hf.add_memories(model, [1], part="body", **SIZES)
     with pytest.raises(TypeError, match="part must be a name, not 3"):
         pkm.hf.add_memories(model, [1], part=3, **SIZES)
+
+
+def test_a_memory_that_is_offloaded_to_a_disk(tmp_path):
+    pytest.importorskip("accelerate")
+    model = trained(llama)
+    model.save_pretrained(tmp_path)
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb"), "cpu")
+    places |= {"lm_head": "cpu", **{f"model.layers.{i}": "disk" for i in range(3)}}
+    loaded = pkm.hf.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "off")
+    assert memories(loaded)[0].values.is_meta
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
