@@ -183,7 +183,7 @@ class _KeyValueMemory(HostedModule, ABC):
                 knows of padding.
 
         Returns:
-            [..., out_dim], in the dtype of the keys.
+            [..., out_dim], outside autocast in the dtype of x.
 
         Raises:
             TypeError: if x is no floating tensor, or not of the parameters' dtype outside
@@ -200,8 +200,10 @@ class _KeyValueMemory(HostedModule, ABC):
             for usage in self.usages:
                 usage.add(slots, weights)
         slots, weights = slots.flatten(-2), weights.flatten(-2)
-        # Values may have another, as under FSDP2's mixed precision, which casts all else.
+        # Tables and keys may have others, as under FSDP2's mixed precision, which casts all else.
         dtype = getattr(self, self.keys_name).dtype
+        if dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            dtype = x.dtype
 
         def read(gate: Tensor | None = None) -> Tensor:
             return self._read(x, mask, slots, weights, gate).to(dtype)

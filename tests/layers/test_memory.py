@@ -301,6 +301,19 @@ def test_values_of_another_dtype_than_the_rest(output):
     assert layer.values.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("output", [None, "linear", "gated"])
+def test_keys_of_another_dtype_than_the_rest(output):
+    layer = pkm.ProductKeyMemory(16, **SIZES, output=output, dtype=torch.bfloat16)
+    layer.subkeys.data = layer.subkeys.data.float()
+    assert layer(torch.randn(3, 16).bfloat16()).dtype == torch.bfloat16
+    whole = pkm.ProductKeyMemory(16, **SIZES, output=output)
+    assert whole.to("meta")(torch.randn(3, 16, device="meta")).dtype == torch.float32
+    whole = whole.to_empty(device="cpu")
+    whole.reset_parameters()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert whole(torch.randn(3, 16)).dtype == (torch.bfloat16 if output else torch.float32)
+
+
 def test_dtypes_under_autocast():
     layer = pkm.ProductKeyMemory(16, **SIZES)
     with torch.autocast("cpu", torch.bfloat16):
