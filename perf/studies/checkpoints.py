@@ -4,15 +4,17 @@ The folder is one of `torch.distributed.checkpoint`: any number of ranks, with e
 on from it. A write that is killed leaves the old checkpoint, of both kinds.
 """
 
+import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from pkm_triton.checkpoints import read_tensors, write_tensors
@@ -61,7 +63,9 @@ def save(
     """
     if ranks.together:
         state = _state(model, optimisers) | {"about": json.dumps(about)}
-        state_dict_saver.save(state, checkpoint_id=new_checkpoint(_folder(path)))
+        folder = new_checkpoint(_folder(path))
+        with _raised(OSError, f"{str(folder)!r} cannot be written"):
+            state_dict_saver.save(state, checkpoint_id=folder)
         return
     if ranks.rank == 0:
         content = {
@@ -85,24 +89,26 @@ class Saved:
         ranks: those that read it.
 
     Attributes:
+        path: the file, or the newest folder.
         about: the plain data.
 
     Raises:
-        ValueError: if it is broken.
+        ValueError: if it is broken, there or as it is restored.
     """
 
     def __init__(self, path: Path, ranks: Ranks) -> None:
-        self._folder = latest_checkpoint(_folder(path)) if ranks.together else None
-        if self._folder is None:
+        folder = latest_checkpoint(_folder(path)) if ranks.together else None
+        self.path, self._is_file = folder or path, folder is None
+        if self._is_file:
             self.about = read_tensors(path, _FORMAT, _VERSION, plain=1)
             return
         state = {"about": ""}
-        state_dict_loader.load(state, checkpoint_id=self._folder)
+        self._load(state)
         self.about: dict[str, Any] = json.loads(state["about"])
 
     def restore(self, model: nn.Module, optimisers: Optimisers) -> None:
         """Give a model, its optimisers and torch's generators what was saved."""
-        if self._folder is None:
+        if self._is_file:
             model.load_state_dict(self.about["model"])
             for optimiser, part in zip(optimisers, self.about["optimisers"], strict=True):
                 optimiser.load_state_dict(part)
@@ -114,7 +120,7 @@ class Saved:
                 if isinstance(optimiser, SparseAdam):
                     optimiser.init_state()
             state = _state(model, optimisers)
-            state_dict_loader.load(state, checkpoint_id=self._folder)
+            self._load(state)
             set_state_dict(
                 model,
                 optimisers,
@@ -125,6 +131,20 @@ class Saved:
             if torch.cuda.is_initialized():
                 torch.cuda.set_rng_state(state["random_cuda"])
         torch.set_rng_state(random)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        with _raised(ValueError, f"checkpoint: {str(self.path)!r} is broken"):
+            state_dict_loader.load(state, checkpoint_id=self.path)
+
+
+@contextlib.contextmanager
+def _raised(kind: type[Exception], what: str) -> Iterator[None]:
+    """In place of what tells of the failures of all ranks, and is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise kind(f"{what}: rank {rank}: {reason}") from error
 
 
 def _state(model: nn.Module, optimisers: Optimisers) -> dict[str, Any]:

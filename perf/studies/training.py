@@ -174,7 +174,7 @@ class Trainer:
             ValueError: the file is broken, of another trial, or further on than the trial goes.
         """
         saved = checkpoints.Saved(path, self.ranks)
-        extended = self._check(saved.about, path)
+        extended = self._check(saved.about, saved.path)
         saved.restore(self.model, self._optimisers)
         self.step = saved.about["step"]
         self.seconds = saved.about["seconds"]

@@ -63,6 +63,14 @@ for number, trial in enumerate(trials):
         pkm.save_with_memory(second.model, f"{name}.resumed.pt")
 
 ranks = Ranks(rank, 2, "rows")
+(part,) = Path(f"{name}.checkpoint").glob("*/__1_0.distcp")
+part.write_bytes(b"")
+try:
+    Trainer(trial, make_data(trial, text), ranks=ranks).run(path)
+except ValueError as error:
+    assert "checkpoint' is broken: rank" in str(error).replace("/000001", ""), error
+else:
+    raise AssertionError
 file = RowFile(Path(folder, "trained.csv"), TrainedRow)
 again = dataclasses.replace(trials[0], steps=3)  # from whose checkpoint the other goes on
 assert train_trials([again, trials[0]], file, text, ranks=ranks) == 2
