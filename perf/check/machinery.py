@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import pkm_triton as pkm
+from pkm_triton.perf.measure.graphs import captured
 
 from .outcome import FAIL, PASS, SKIP, Check, Outcome
 from .setting import Setting
@@ -126,25 +127,11 @@ def _on_gpu(run: Callable[[Setting], Outcome]) -> Callable[[Setting], Outcome]:
     return run_or_skip
 
 
-def _captured(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A call as a graph, after three on another stream as torch asks for, and its result."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    return graph, out
-
-
 @_on_gpu
 def _graph_of_inference(setting: Setting) -> Outcome:
     layer, x = memory(setting).eval(), _input(setting)
     with torch.no_grad():
-        graph, out = _captured(lambda: layer(x))
+        graph, out = captured(lambda: layer(x))
         other = _input(setting, seed=41)
         x.copy_(other)
         graph.replay()
@@ -172,7 +159,7 @@ def _graph_of_training(setting: Setting) -> Outcome:
 
     x = _input(setting)
     captured, step = make()
-    graph, _ = _captured(lambda: step(x))
+    graph, _ = captured(lambda: step(x))
     eager, eager_step = make()
     for _ in range(3):
         eager_step(x)

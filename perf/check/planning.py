@@ -45,7 +45,7 @@ def prepared(backend: str, planted: str | None) -> Iterator[torch.device]:
 def _device_of_kernels() -> torch.device:
     if torch.cuda.is_available():
         try:
-            capability = torch.cuda.get_device_capability()
+            _check_capability()
             torch.zeros(1, device="cuda")
         except RuntimeError as error:
             raise ValueError(
@@ -54,13 +54,8 @@ def _device_of_kernels() -> torch.device:
                 f"({torch.version.cuda or torch.version.hip})? nvidia-smi tells; "
                 "CUDA_VISIBLE_DEVICES chooses another one"
             ) from error
-        if torch.version.hip is None and capability < (8, 0):
-            raise ValueError(
-                f"device: {torch.cuda.get_device_name()} has compute capability "
-                f"{capability[0]}.{capability[1]}; the kernels need 8.0 or higher. --backend torch "
-                "checks the reference"
-            )
         _check_cache()
+        _check_compiler()
         return torch.device("cuda", torch.cuda.current_device())
     if os.environ.get("TRITON_INTERPRET") == "1":
         return torch.device("cpu")
@@ -68,6 +63,16 @@ def _device_of_kernels() -> torch.device:
         f"device: no GPU ({why_no_gpu()}). TRITON_INTERPRET=1 pkm-perf check interprets the "
         "kernels on the CPU, and --backend torch checks the reference"
     )
+
+
+def _check_capability() -> None:
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < (8, 0):
+        raise ValueError(
+            f"device: {torch.cuda.get_device_name()} has compute capability "
+            f"{capability[0]}.{capability[1]}; the kernels need 8.0 or higher. --backend torch "
+            "checks the reference"
+        )
 
 
 def _check_cache() -> None:
@@ -81,6 +86,20 @@ def _check_cache() -> None:
         raise ValueError(
             f"cache: triton cannot write its kernels in {str(path)!r}; set TRITON_CACHE_DIR to a "
             "folder that can be written"
+        ) from error
+
+
+def _check_compiler() -> None:
+    """Triton compiles its driver when it is first asked for one; without it no kernel starts."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ValueError(
+            f"device: triton cannot start here ({text[-200:]}). It needs a C compiler and Python's "
+            "headers: on Debian and Ubuntu apt install gcc python3-dev"
         ) from error
 
 

@@ -15,6 +15,7 @@ from pkm_triton.gradients import FactoredGradient
 from pkm_triton.perf.records.points import COMPILED, Point
 
 from .baselines import PackageMemory, TextbookMemory
+from .graphs import captured
 from .reads import generate_slots
 
 
@@ -147,15 +148,7 @@ class Pass:
         Raises:
             RuntimeError: something in it waits for the device, or cannot be captured.
         """
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.run()
+        graph, _ = captured(self.run)
 
         def replay() -> Tensor:
             graph.replay()

@@ -27,6 +27,11 @@ def _gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    from triton.runtime import driver
+
+    driver.set_active(SimpleNamespace(get_current_target=lambda: "sm_90"))
+    yield
+    driver.set_active(None)
 
 
 def complaint(capsys):
@@ -91,6 +96,28 @@ def test_the_cache_is_where_triton_looks(tmp_path, monkeypatch):
     with planning.prepared("triton", None) as device:
         assert device == GPU
     assert (tmp_path / ".triton" / "cache").is_dir()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+        subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]),
+    ],
+)
+@pytest.mark.usefixtures("_gpu")
+def test_a_compiler_that_is_missing(error, tmp_path, monkeypatch, capsys):
+    from triton.runtime import driver
+
+    def fail():
+        raise error
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    driver.set_active(SimpleNamespace(get_current_target=fail))
+    line = complaint(capsys)
+    assert line.startswith("pkm-perf: device: triton cannot start here (")
+    assert str(error).split()[-1] in line
+    assert line.endswith("on Debian and Ubuntu apt install gcc python3-dev")
 
 
 MESSAGES = {
