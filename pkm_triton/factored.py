@@ -150,8 +150,9 @@ def _copy_from(target: Any, source: Any, non_blocking: bool = False) -> Factored
 def _check_kinds(*grads: Any) -> None:
     if not all(isinstance(each, FactoredGradient) for each in grads):
         raise NotImplementedError(
-            "a gradient that is kept as its factors adds to its like alone: give all gathers "
-            "of one table sparse_grad='factored', or none"
+            "a gradient that is kept as its factors (sparse_grad='factored') adds to its like "
+            "alone: give all gathers of one table that form, or none, and step with "
+            "pkm_triton.optim.SparseAdam"
         )
 
 
