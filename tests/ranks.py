@@ -1,4 +1,4 @@
-"""Run a script as several ranks of a gloo process group on this machine."""
+"""Run a script as several ranks of a process group on this machine."""
 
 import signal
 import subprocess
@@ -11,7 +11,10 @@ import os, sys, torch, torch.distributed as dist
 rank, folder, ranks = int(sys.argv[1]), sys.argv[2], int(sys.argv[4])
 sys.path.append(sys.argv[3])
 torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+if sys.argv[5] == "nccl":
+    torch.cuda.set_device(rank)
+store = f"file://{folder}/store"
+dist.init_process_group(sys.argv[5], init_method=store, rank=rank, world_size=ranks)
 """
 # Gloo's threads, torn down by the interpreter in any order, abort a process now and then after all
 # its work is done: so leave without tearing down.
@@ -28,7 +31,9 @@ def run_two_ranks(script: str, folder: Path) -> list[str]:
     return run_ranks(script, folder, 2)
 
 
-def run_ranks(script: str, folder: Path, count: int, killed: Collection[int] = ()) -> list[str]:
+def run_ranks(
+    script: str, folder: Path, count: int, killed: Collection[int] = (), backend: str = "gloo"
+) -> list[str]:
     """What each rank printed; the script knows its `rank`, `ranks`, `folder` and these tests.
 
     `killed`: those that the script kills.
@@ -45,6 +50,7 @@ def run_ranks(script: str, folder: Path, count: int, killed: Collection[int] = (
                 str(folder),
                 tests,
                 str(count),
+                backend,
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

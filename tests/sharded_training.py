@@ -1,7 +1,10 @@
 """What ranks run with sharded memories, and what one process does instead; imported by both."""
 
+import functools
+
 import torch
-from torch import nn
+from tolerance import assert_close_to_oracle
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -55,7 +58,8 @@ def train_alone(model, ranks, steps, optimiser, dtype):
     for step in range(steps):
         optimiser.zero_grad()
         for half in range(2):
-            parts = batches(ranks, 2 * step + half, dtype)
+            own = next(model.parameters()).dtype
+            parts = [x.to(own) for x in batches(ranks, 2 * step + half, dtype)]
             outputs.append([model(x).detach() for x in parts])
             (sum(loss(model, x) for x in parts) / ranks).backward()
         norms.append(clip_grad_norm_(model.parameters(), 0.5))
@@ -71,19 +75,19 @@ def train(model, rank, ranks, steps, optimiser, dtype):
     for step in range(steps):
         optimiser.zero_grad()
         for half in range(2):
-            x = batches(ranks, 2 * step + half, dtype)[rank]
+            x = batches(ranks, 2 * step + half, dtype)[rank].to(device())
             with torch.no_grad():
-                outputs.append(model(x))
+                outputs.append(model(x).cpu())
             loss(model, x).backward()
         pkm.distributed.average_gradients(rest)
-        norms.append(clip_grad_norm_(model.parameters(), 0.5))
+        norms.append(clip_grad_norm_(model.parameters(), 0.5).cpu())
         optimiser.step()
     return norms, outputs
 
 
 def whole(tensor):
     """All of a tensor, however it lies over ranks."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
 
 
 def parameters(model):
@@ -93,15 +97,20 @@ def parameters(model):
 
 def sharded(form, dtype, layout, shape, rank, **options):
     """A model whose memories are spread; ranks do not start from the same table."""
-    model = make_model(form, dtype)
+    model = make_model(form, dtype).to(device())
     with torch.no_grad():
         model[1].values.add_(rank)
     return shard_memory(model, make_mesh(shape), layout, **options)
 
 
+def device():
+    """Where the ranks of this process group compute."""
+    return "cuda" if distributed.get_backend() == "nccl" else "cpu"
+
+
 def make_mesh(shape):
-    """A mesh of gloo ranks."""
-    return init_device_mesh("cpu", shape, mesh_dim_names=("outer", "inner")[: len(shape)])
+    """A mesh of all ranks."""
+    return init_device_mesh(device(), shape, mesh_dim_names=("outer", "inner")[: len(shape)])
 
 
 def run_training(rank, ranks, folder, dtypes):
@@ -124,14 +133,31 @@ def _said(wrong):
     return "nothing"
 
 
+OPTIMISERS = {
+    "sparse": (True, torch.optim.SparseAdam, {}),
+    "Adam": ("factored", torch.optim.Adam, {}),
+    "foreach": (False, torch.optim.AdamW, {"foreach": True}),
+    "plain": (False, torch.optim.AdamW, {}),
+}
+
+
+def _step(form, kind, options):
+    model = sharded(form, torch.float32, "columns", (2,), 0)
+    loss(model, torch.ones(3, 8)).backward()
+    values = [model[1].values]
+    kind(values if kind is torch.optim.SparseAdam else model.parameters(), **options).step()
+
+
 def run_refused(rank, folder):
     """What is wrong on all ranks, or on one."""
     mesh = make_mesh((2,))
     done = sharded(False, torch.float32, "columns", (2,), 0)
     experts = nn.Sequential(pkm.ProductKeyExperts(8, num_subkeys=5, **SIZES))
     narrow = make_model(value_dim=1)
+    meshes, three = [mesh, make_mesh((2, 1))], init_device_mesh("cpu", (2, 1, 1))
     layer = done[1]
     slots, weights = torch.zeros(3, 6 + rank, dtype=torch.int32), torch.ones(3, 6 + rank)
+    dtype = [torch.float32, torch.bfloat16][rank]
 
     def records():
         with torch.set_grad_enabled(rank == 0):
@@ -149,6 +175,17 @@ def run_refused(rank, folder):
         "one rank": lambda: shard_memory(make_model(), mesh, ["rows", "diagonal"][rank]),
         "reads": lambda: layer.sharding.gather(layer.values, slots, weights, False),
         "recording": records,
+        "mesh of one": lambda: shard_memory(make_model(), [mesh, "cpu"][rank]),
+        "shapes": lambda: shard_memory(
+            make_model(), meshes[rank], ["rows", ("rows", "columns")][rank]
+        ),
+        "flag": lambda: shard_memory(make_model(), mesh, equal_tokens=[True, 1][rank]),
+        "forms": lambda: shard_memory(make_model([True, "factored"][rank]), mesh),
+        "three": lambda: shard_memory(make_model(), three),
+        "sizes": lambda: layer.sharding.gather(
+            layer.values, slots[:, :6], weights[:, :6].to(dtype), False
+        ),
+        **{f"steps {name}": functools.partial(_step, *args) for name, args in OPTIMISERS.items()},
         "tuned": lambda: pkm.train_slots(layer, torch.zeros(1, dtype=torch.int64)),
         "sharing": lambda: pkm.share_values([layer, make_model()[1]]),
     }
@@ -232,19 +269,21 @@ def _wrapped(rank, ranks):
             else:
                 pkm.distributed.fully_shard(model[1], mesh=mesh)
                 run = pkm.distributed.fully_shard(model, mesh=mesh)
-            alone = make_model(form)
-            ours = SparseAdam(model.parameters(), lr=0.01)
-            theirs = SparseAdam(alone.parameters(), lr=0.01)
+            alone = [make_model(form), make_model(form).double()]
+            pairs = [(net, SparseAdam(net.parameters(), lr=0.01)) for net in (*alone, model)]
             for step in range(20):
                 parts = [x + 0.1 for x in batches(ranks, step, torch.float32, equal=True)]
-                sum(loss(alone, x) / ranks for x in parts).backward()
+                for net in alone:
+                    own = next(net.parameters()).dtype
+                    sum(loss(net, x.to(own)) / ranks for x in parts).backward()
                 loss(run, parts[rank]).backward()
-                for net, optimiser in ((alone, theirs), (model, ours)):
+                for net, optimiser in pairs:
                     clip_grad_norm_(net.parameters(), 1.0)
                     optimiser.step()
                     optimiser.zero_grad()
-            expected = {name: p.detach() for name, p in alone.named_parameters()}
-            torch.testing.assert_close(parameters(model), expected, rtol=1e-3, atol=1e-4)
+            same, oracle = (dict(net.named_parameters()) for net in alone)
+            for name, parameter in parameters(model).items():
+                assert_close_to_oracle(parameter, oracle[name].detach(), same[name].detach())
 
 
 def _mixed(rank, ranks):

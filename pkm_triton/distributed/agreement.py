@@ -1,6 +1,6 @@
 """Ranks that disagree are found before a collective waits for what will never come."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,18 +11,21 @@ from .gathering import sizes_of_all
 _T = TypeVar("_T")
 
 
-def agreed(describe: Callable[[], _T], group: Any) -> _T:
+def agreed(describe: Callable[[], _T], *groups: Any) -> _T:
     """What `describe` returns, once it is known that it does the same on all ranks.
+
+    Args:
+        describe: what to call.
+        *groups: the process group; of a mesh, those of its dimensions, the last one first.
 
     Raises:
         ValueError: on every rank, if it raised an error on one (see `together`), or ranks differ.
     """
-    mine, said = _called(describe, group, lambda description: description)
-    for rank, theirs in enumerate(said):
-        if theirs != said[0]:
-            raise ValueError(
-                f"ranks differ: rank {rank} of the group has {theirs}, rank 0 has {said[0]}"
-            )
+    mine, said = _called(describe, groups, lambda description: description)
+    first, expected = said[0]
+    for rank, theirs in said:
+        if theirs != expected:
+            raise ValueError(f"ranks differ: rank {rank} has {theirs}, rank {first} has {expected}")
     return mine
 
 
@@ -32,27 +35,32 @@ def together(call: Callable[[], _T], group: Any) -> _T:
     Raises:
         ValueError, OSError: on every rank, if it raised one, or a TypeError, on one of them.
     """
-    return _called(call, group, lambda _: None)[0]
+    return _called(call, [group], lambda _: None)[0]
 
 
-def _called(call: Callable[[], _T], group: Any, tell: Callable[[_T], Any]) -> tuple[_T, list[Any]]:
-    """What `call` returns here, and what all ranks tell of it."""
+def _called(
+    call: Callable[[], _T], groups: Sequence[Any], tell: Callable[[_T], Any]
+) -> tuple[_T, list[tuple[int, Any]]]:
+    """What `call` returns here, and what all ranks tell of it, each beside its number."""
     mine: Any = None
     error = None
     try:
         mine = call()
     except (ValueError, TypeError, OSError) as raised:
         error = raised
-    said: list[Any] = [None] * distributed.get_world_size(group)
     kind = OSError if isinstance(error, OSError) else ValueError
     told = (None, None, tell(mine)) if error is None else (kind, str(error), None)
-    distributed.all_gather_object(said, told, group=group)
+    said: list[Any] = [(distributed.get_rank(), *told)]
+    for group in groups:
+        of_ranks: list[Any] = [None] * distributed.get_world_size(group)
+        distributed.all_gather_object(of_ranks, said, group=group)
+        said = [each for of_rank in of_ranks for each in of_rank]
     if error is not None:
         raise error
-    for rank, (kind, message, _) in enumerate(said):
+    for rank, kind, message, _ in said:
         if kind is not None:
-            raise kind(f"rank {rank} of the group refuses: {message}")
-    return mine, [theirs for *_, theirs in said]
+            raise kind(f"rank {rank} refuses: {message}")
+    return mine, [(rank, theirs) for rank, *_, theirs in said]
 
 
 def tokens_of_all(slots: Tensor, weights: Tensor, records: bool, group: Any) -> list[int]:

@@ -14,6 +14,7 @@ from pkm_triton.memory import _KeyValueMemory
 
 from .agreement import agreed
 from .layouts import Layout, check_layouts, check_parts
+from .optimizers import watch_optimizers
 from .replicas import replicate
 from .sharding import Sharding
 
@@ -48,7 +49,13 @@ def shard_memory(
     ranks, `values.grad` is the mean over ranks of the losses' gradients. It needs no averaging;
     gradients add up over backward passes with no communication but the passes' own. The forms of
     `sparse_grad` are those of `gather_values`, of this rank's shard: a DTensor, or a
-    `ShardedGradient` of a sparse or factored one.
+    `ShardedGradient` of a sparse or factored one, which `optim.SparseAdam` takes. An optimiser that
+    cannot step them raises TypeError or ValueError as it is about to.
+
+    In every call all ranks take part, and all that record gradients must run its backward pass, in
+    the same order: numbers and kinds of reads are compared first, and all ranks raise where they
+    differ, but a rank that leaves a call or a backward pass out cannot be seen, and the others wait
+    for it until the group's timeout.
 
     Values that are there are rank 0's of the mesh. On the meta device no data is made: give it
     memory by `to_empty`, and values by the layer's `reset_parameters` or a checkpoint.
@@ -69,7 +76,9 @@ def shard_memory(
 
     Raises:
         RuntimeError: if there is no process group.
-        TypeError: if model is no module, mesh no DeviceMesh, or a flag no bool.
+        TypeError: if model is no module, mesh no DeviceMesh, or a flag no bool. The other ranks
+            then raise ValueError, naming this one; where their mesh has but some of all ranks, they
+            wait for a rank without a DeviceMesh until the group's timeout.
         ValueError: on all ranks, if on any of them the layout is unknown or does not fit the mesh,
             a memory is sharded already, is of `ProductKeyExperts`, or has slots that train alone,
             a rank would get no row or column, there is no memory, or ranks differ in any of this.
@@ -79,25 +88,19 @@ def shard_memory(
             "there is no process group: start the ranks with torchrun, and call "
             "torch.distributed.init_process_group first"
         )
-    if not isinstance(mesh, DeviceMesh):
-        raise TypeError(f"mesh must be a DeviceMesh, not {type(mesh).__name__}")
-    if mesh.get_coordinate() is None:
-        raise ValueError(f"mesh is {mesh}, of which this rank {distributed.get_rank()} is no part")
-    if mesh.ndim not in (1, 2):
-        raise ValueError(f"mesh has {mesh.ndim} dimensions, but must have 1 or 2")
-    if mesh.ndim == 2 and not mesh.mesh_dim_names:
-        raise ValueError("mesh has no mesh_dim_names: give its two dimensions names")
-    flat = mesh if mesh.ndim == 1 else mesh._flatten()
 
     def described() -> tuple[Any, ...]:
+        _check_mesh(mesh)
         check_module("model", model)
         check_flag("equal_tokens", equal_tokens)
         check_flag("narrow_weights", narrow_weights)
         layouts = check_layouts(layout, mesh.ndim)
         tables = _described(model, layouts, mesh)
-        return layouts, tuple(mesh.shape), equal_tokens, narrow_weights, tables
+        lies = mesh.device_type, mesh.mesh.tolist()
+        return layouts, lies, equal_tokens, narrow_weights, tables
 
-    layouts = agreed(described, flat.get_group())[0]
+    layouts = agreed(described, *_groups(mesh))[0]
+    watch_optimizers()
     if layouts == ("replicate",):
         replicate(model, mesh.get_group())
         return model
@@ -120,6 +123,26 @@ def sharded_values(model: nn.Module) -> set[nn.Parameter]:
         model: any module.
     """
     return {m.values for m in _memories(model).values() if m.sharding is not None}
+
+
+def _check_mesh(mesh: Any) -> None:
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a DeviceMesh, not {type(mesh).__name__}")
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"mesh is {mesh}, of which this rank {distributed.get_rank()} is no part")
+    if mesh.ndim not in (1, 2):
+        raise ValueError(f"mesh has {mesh.ndim} dimensions, but must have 1 or 2")
+    if mesh.ndim == 2 and not mesh.mesh_dim_names:
+        raise ValueError("mesh has no mesh_dim_names: give its two dimensions names")
+
+
+def _groups(mesh: Any) -> list[Any]:
+    """Among whom to agree: the ranks of the mesh or, where it may be wrong, all there are."""
+    if not isinstance(mesh, DeviceMesh) or mesh.size() == distributed.get_world_size():
+        return [None]
+    if mesh.get_coordinate() is None:
+        return []  # the ranks of that mesh do not wait for this one
+    return [mesh.get_group(dimension) for dimension in reversed(range(mesh.ndim))]
 
 
 def _memories(model: nn.Module) -> dict[str, _KeyValueMemory]:
