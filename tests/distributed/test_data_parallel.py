@@ -4,6 +4,7 @@ import pytest
 import torch
 from parallel_training import FORMS, make_model, train
 from ranks import run_two_ranks
+from tolerance import assert_close_to_oracle
 from torch import distributed
 
 pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
@@ -14,17 +15,22 @@ def run(tmp_path, *names):
     run_two_ranks(f"import parallel_training\n{calls}", tmp_path)
 
 
+def trained_alone(form, shared=False):
+    """Parameters that one process gets of both halves: the oracle's, and in float32."""
+    oracle = train(make_model(form, shared).double(), [0, 1], dtype=torch.float64)
+    same = train(make_model(form, shared), [0, 1])
+    return {name: (oracle[name], same[name]) for name in oracle}
+
+
 @pytest.mark.slow
 def test_two_ranks_are_as_one(tmp_path):
     run(tmp_path, "run_rank")
     for form in FORMS:
         for shared in (False, True, "alone"):
             ranks = [torch.load(tmp_path / f"{form}-{shared}-{rank}.pt") for rank in range(2)]
-            expected = train(make_model(form, shared is True), [0, 1])
-            for name, parameter in expected.items():
-                where = f"{name}, {form}, {shared}"
-                assert torch.equal(ranks[0][name], ranks[1][name]), where
-                torch.testing.assert_close(ranks[0][name], parameter, msg=where)
+            for name, alone in trained_alone(form, shared is True).items():
+                assert torch.equal(ranks[0][name], ranks[1][name]), f"{name}, {form}, {shared}"
+                assert_close_to_oracle(ranks[0][name], *alone)
 
 
 @pytest.mark.slow
@@ -33,9 +39,9 @@ def test_sharded_ranks_are_as_one(tmp_path):
     run(tmp_path, "run_sharded")
     for form in FORMS:
         ranks = [torch.load(tmp_path / f"{form}-torch.float32-{rank}.pt") for rank in range(2)]
-        for name, parameter in train(make_model(form), [0, 1]).items():
+        for name, alone in trained_alone(form).items():
             assert torch.equal(ranks[0][name], ranks[1][name]), f"{name}, {form}"
-            torch.testing.assert_close(ranks[0][name], parameter, msg=f"{name}, {form}")
+            assert_close_to_oracle(ranks[0][name], *alone)
         start = dict(make_model(form).bfloat16().named_parameters())
         half = torch.load(tmp_path / f"{form}-torch.bfloat16-0.pt")
         for name, parameter in half.items():
