@@ -12,6 +12,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pkm_triton.kernels.chip import chip_of
 from pkm_triton.perf.records.files import ensure_writable, write_whole
 
 from .launches import compile_configuration, shipped_configurations
@@ -20,6 +23,8 @@ ARCHITECTURES = (
     "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120",
     "gfx942", "gfx950", "gfx1100", "gfx1201",
 )  # fmt: skip
+
+HERE = "here"
 
 COLUMNS = (
     "configuration", "kernel", "architecture", "aligned", "registers", "spilled", "shared",
@@ -30,7 +35,13 @@ COLUMNS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `pkm-perf kernels`."""
-    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument(
+        "--architectures",
+        nargs="+",
+        default=ARCHITECTURES,
+        choices=(*ARCHITECTURES, HERE),
+        help=f"what to compile for; {HERE}: the GPU of this machine (default: all)",
+    )
     parser.add_argument("--only", default="", help="configurations whose name holds this")
     parser.add_argument("--unaligned", action="store_true", help="also pointers of no alignment")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
@@ -41,8 +52,9 @@ def run(args: argparse.Namespace) -> int:
     """Print the table of `pkm-perf kernels`, and write it if asked to."""
     if args.json:
         ensure_writable(args.json.absolute().parent, "json")
+    architectures = [architecture_here() if each == HERE else each for each in args.architectures]
     rows: list[dict[str, Any]] = []
-    for row in report(args.architectures, args.only, args.unaligned, args.processes):
+    for row in report(architectures, args.only, args.unaligned, args.processes):
         if not rows:
             print(" | ".join(COLUMNS))
         print(" | ".join(str(row[column]) for column in COLUMNS), flush=True)
@@ -50,6 +62,20 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_whole(args.json, json.dumps(rows, indent=1) + "\n")
     return 0
+
+
+def architecture_here() -> str:
+    """The architecture of the GPU that is current.
+
+    Raises:
+        ValueError: there is none, or it is not among ARCHITECTURES.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError(f"architectures: {HERE!r} needs a GPU; name one")
+    found = chip_of(torch.device("cuda")).architecture
+    if found not in ARCHITECTURES:
+        raise ValueError(f"architectures: this GPU's, {found}, is not among those that are known")
+    return found
 
 
 def report(

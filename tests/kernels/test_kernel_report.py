@@ -6,14 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 
+from pkm_triton.kernels import chip
 from pkm_triton.kernels.chip import CHIPS, as_if
 from pkm_triton.kernels.launches import recorded_launches
+from pkm_triton.perf.compiled.kernel_report import architecture_here
 from pkm_triton.perf.compiled.launches import shipped_configurations
 
 # Of triton 3.9. What the compilers before it make only has to fit the chip: they spill more.
@@ -110,6 +114,42 @@ def test_every_lookup_has_limits():
     for launcher in (product_key_topk, flat_key_topk):
         module = importlib.import_module(launcher.__module__)
         assert set(module.shipped_configurations()) <= set(LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("version", "named"), [((9, 0), "sm_90"), ((8, 6), "sm_86"), ((7, 5), None), (None, None)]
+)
+def test_here_is_the_gpu_of_this_machine(version, named, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: version is not None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(chip, "_chip", chip._chip.__wrapped__)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda _: SimpleNamespace(
+            major=version[0], minor=version[1], multi_processor_count=9,
+            shared_memory_per_block_optin=99 << 10,
+        ),
+    )  # fmt: skip
+    if named is None:
+        with pytest.raises(ValueError, match=r"architectures: (this GPU's, sm_75|'here' needs)"):
+            architecture_here()
+    else:
+        assert architecture_here() == named
+
+
+def test_rocm_says_nothing_of_shared_memory(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    properties = SimpleNamespace(
+        gcnArchName="gfx942:sramecc+:xnack-", multi_processor_count=304,
+        shared_memory_per_block_optin=0,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert chip._chip.__wrapped__(0) == CHIPS["gfx942"]
+    del properties.shared_memory_per_block_optin
+    properties.gcnArchName = "gfx9999"
+    assert chip._chip.__wrapped__(0) == chip.Chip("gfx9999", 304, 64 << 10)
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "gfx942", "gfx1100"])
