@@ -12,7 +12,7 @@ _MOST_THREADS = 32
 
 
 def compile_ahead(checks: Sequence[Check], device: torch.device) -> None:
-    """Compile what the checks can name beforehand, on a GPU; says so first."""
+    """On a GPU, compile the kernels that checks name beforehand; says so first."""
     if device.type != "cuda":
         return
     from pkm_triton.kernels.chip import as_if, chip_of

@@ -15,7 +15,7 @@ _QUERY = "driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,utiliza
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """By name; what cannot be found out is empty."""
+    """Facts about the machine and the software, by name; one that is not known is empty."""
     facts = {
         "device": device_name(device.type),
         "python": platform.python_version(),

@@ -99,7 +99,7 @@ def _side_by_side(
 
 
 def _no_wait() -> None:
-    """A CPU has done what it was told."""
+    """On a CPU there is nothing to wait for."""
 
 
 def _lookup(setting: Setting, point: Point, peaks: dict[str, float]) -> Outcome:

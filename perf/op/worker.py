@@ -70,7 +70,10 @@ def make(op: str, shape: dict[str, Any], device: str) -> Callable[[], Any]:
 
 
 def timed(call: Callable[[], Any], device: str, cache: Tensor | None) -> float:
-    """Seconds of a call, on a GPU by events and from a cold L2 cache."""
+    """Seconds of a call, on a GPU by events and from a cold L2 cache.
+
+    While that is cleared the call is launched: its kernels are timed, and not their launches.
+    """
     if cache is None:
         started = time.perf_counter()
         call()
