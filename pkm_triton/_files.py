@@ -175,7 +175,13 @@ def _create(path: Path) -> tuple[int, Path]:
     """A new file beside `path`, of the umask's permissions, locked as long as it is open."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            error.filename = str(path)  # the name that was asked for
+            raise
         if fcntl is None:
             return handle, temporary
         with contextlib.suppress(OSError):  # where there are no locks

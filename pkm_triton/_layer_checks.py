@@ -1,6 +1,8 @@
 """Checks of what layers are built from: devices, dtypes, flags, lists of widths."""
 
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,13 @@ def check_flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}, but must be True or False")
     return value
+
+
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """`path` names a file or a folder; returned as a `Path`."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a name or a Path, not {path!r}")
+    return Path(path)
 
 
 def check_module(name: str, module: nn.Module) -> None:

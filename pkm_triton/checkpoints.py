@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._files import read_tensors, write_tensors
 from ._kinds import described
-from ._layer_checks import check_module
+from ._layer_checks import check_module, check_path
 from ._saved_model import SavedModel
 from ._state import is_plain, is_sharded, plain_name, savable, shared, unwrapped
 from .memory import _KeyValueMemory
@@ -54,7 +54,7 @@ def save_with_memory(model: nn.Module, path: str | os.PathLike[str], group: Any 
         OSError: if the file cannot be written, a full disk for example.
     """
     check_module("model", model)
-    if Path(path).suffix.lower() == ".safetensors":
+    if check_path(path).suffix.lower() == ".safetensors":
         raise ValueError(
             f"path is {os.fspath(path)!r}, but this writes a file of torch.save: let its name end "
             "in '.pt' (safetensors are written by pkm_triton.hf)"
@@ -92,7 +92,7 @@ def load_with_memory(
         OSError: if the file cannot be read.
     """
     check_module("model", model)
-    path, whole = Path(path), model
+    path, whole = check_path(path), model
     model = unwrapped(model)
     if _is_sharded(model):
         from .distributed.one_file import fill, rank_and_ranks, together

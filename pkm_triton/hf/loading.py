@@ -14,6 +14,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from pkm_triton._layer_checks import check_path
 from pkm_triton.memory import _KeyValueMemory
 
 from .config import METHOD, MemoryConfig, without_guard, write
@@ -46,9 +47,12 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> PreTrainedM
         The model, in evaluation mode.
 
     Raises:
-        ValueError: if its config names no memories, or no class of transformers.
+        TypeError: if path is neither a name nor a Path.
+        ValueError: if its config names no memories, or no class of transformers, or the files have
+            other parts of a memory than its config.
         OSError: if there is no such model.
     """
+    check_path(path)
     config = options.get("config")
     if not isinstance(config, PreTrainedConfig):
         where = {name: options[name] for name in _WHERE if name in options}

@@ -208,6 +208,21 @@ def test_a_name_by_which_others_would_misread_it(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("path", [3, None])
+def test_what_is_no_path(path):
+    for call in (save_with_memory, load_with_memory):
+        with pytest.raises(TypeError, match=f"path must be a name or a Path, not {path}"):
+            call(own(), path)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    path = tmp_path / "none" / "model.pt"
+    for call in (save_with_memory, load_with_memory):
+        with pytest.raises(FileNotFoundError) as caught:
+            call(own(), path)
+        assert caught.value.filename == str(path)
+
+
 def test_a_derived_memory_is_refused_before_anything_is_written(tmp_path):
     class Mine(pkm.ProductKeyMemory):
         pass

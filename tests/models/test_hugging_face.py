@@ -338,6 +338,8 @@ def test_a_quantised_model_keeps_its_quantiser(tmp_path):
 
 
 def test_where_a_model_lies_and_its_config(tmp_path):
+    with pytest.raises(TypeError, match="path must be a name or a Path, not 3"):
+        pkm.hf.from_pretrained(3)
     model = trained(llama)
     model.save_pretrained(tmp_path / "within")
     assert_same(pkm.hf.from_pretrained(tmp_path, subfolder="within"), model)
