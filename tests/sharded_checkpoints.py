@@ -14,8 +14,12 @@ from pkm_triton.distributed import latest_checkpoint, new_checkpoint, shard_memo
 from pkm_triton.optim import SparseAdam
 from pkm_triton.perf.measure.memory import measure_peak
 
-# Each form of gradient with a dtype of the parameters.
-CASES = {False: torch.float32, True: torch.bfloat16, "factored": torch.float64}
+# How a table is trained, and lies over four ranks: form of gradient, dtype, layout, mesh.
+CASES = {
+    "dense": (False, torch.float32, "columns", (4,)),
+    "sparse": (True, torch.float64, ("rows", "columns"), (2, 2)),
+    "factored": ("factored", torch.bfloat16, "columns", (4,)),
+}
 SLACK = 1 << 18  # bytes of all but tables
 
 
@@ -75,32 +79,27 @@ def zeroed(form, dtype):
     return model
 
 
-SAVED = {"columns": (4,), ("rows", "columns"): (2, 2)}
-
-
 def run_save(rank, ranks, folder):
-    """Train with each form and layout, and save."""
-    for layout, shape in SAVED.items():
-        for form, dtype in CASES.items():
-            model = shard_memory(make_model(form, dtype), make_mesh(shape), layout)
-            optimiser = Both(model)
-            train(model, rank, ranks, 2, optimiser, dtype)
-            dcp.save(state_of(model, optimiser), checkpoint_id=f"{folder}/{form}-{layout}")
-            saved = contents(model, optimiser)
-            if rank == 0:
-                torch.save(saved, f"{folder}/{form}-{layout}.saved")
+    """Train, and save."""
+    for name, (form, dtype, layout, shape) in CASES.items():
+        model = shard_memory(make_model(form, dtype), make_mesh(shape), layout)
+        optimiser = Both(model)
+        train(model, rank, ranks, 1, optimiser, dtype)
+        dcp.save(state_of(model, optimiser), checkpoint_id=f"{folder}/{name}")
+        saved = contents(model, optimiser)
+        if rank == 0:
+            torch.save(saved, f"{folder}/{name}.saved")
 
 
 def run_load(rank, ranks, folder):
     """Load it as rows."""
-    for layout in SAVED:
-        for form, dtype in CASES.items():
-            model = shard_memory(zeroed(form, dtype), make_mesh((ranks,)), "rows")
-            optimiser = Both(model)
-            load(model, optimiser, f"{folder}/{form}-{layout}")
-            loaded = contents(model, optimiser)
-            if rank == 0:
-                torch.save(loaded, f"{folder}/{form}-{layout}.loaded")
+    for name, (form, dtype, *_) in CASES.items():
+        model = shard_memory(zeroed(form, dtype), make_mesh((ranks,)), "rows")
+        optimiser = Both(model)
+        load(model, optimiser, f"{folder}/{name}")
+        loaded = contents(model, optimiser)
+        if rank == 0:
+            torch.save(loaded, f"{folder}/{name}.loaded")
 
 
 def large(ranks, layout):
