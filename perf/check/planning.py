@@ -43,6 +43,8 @@ def prepared(backend: str, planted: str | None) -> Iterator[torch.device]:
 
 
 def _device_of_kernels() -> torch.device:
+    if os.environ.get("TRITON_INTERPRET") == "1":  # even where there is a GPU
+        return torch.device("cpu")
     if torch.cuda.is_available():
         try:
             _check_capability()
@@ -57,8 +59,6 @@ def _device_of_kernels() -> torch.device:
         _check_cache()
         _check_compiler()
         return torch.device("cuda", torch.cuda.current_device())
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return torch.device("cpu")
     raise ValueError(
         f"device: no GPU ({why_no_gpu()}). TRITON_INTERPRET=1 pkm-perf check interprets the "
         "kernels on the CPU, and --backend torch checks the reference"

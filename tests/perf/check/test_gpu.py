@@ -27,6 +27,7 @@ def _gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     from triton.runtime import driver
 
     driver.set_active(SimpleNamespace(get_current_target=lambda: "sm_90"))
@@ -68,6 +69,13 @@ def test_a_driver_older_than_the_toolkit(monkeypatch, capsys):
     assert "TRITON_INTERPRET=1 pkm-perf check interprets" in line
     assert main(["sweep", "--device", "cuda"]) == 2
     assert "is the driver as new as its toolkit, 13.0?" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_what_is_interpreted_is_on_the_cpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with planning.prepared("triton", None) as device:
+        assert device == torch.device("cpu")
 
 
 @pytest.mark.usefixtures("_gpu")
