@@ -202,7 +202,7 @@ class _KeyValueMemory(HostedModule, ABC):
         slots, weights = slots.flatten(-2), weights.flatten(-2)
         # Tables and keys may have others, as under FSDP2's mixed precision, which casts all else.
         dtype = getattr(self, self.keys_name).dtype
-        if dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if dtype != x.dtype and not _under_autocast(x.device.type):
             dtype = x.dtype
 
         def read(gate: Tensor | None = None) -> Tensor:
@@ -269,6 +269,11 @@ class _KeyValueMemory(HostedModule, ABC):
             f"heads={self.heads}, top_k={self.top_k}, query_dim={self.query_dim}, "
             f"num_slots={self.num_slots}, sparse_grad={self.sparse_grad!r}"
         )
+
+
+def _under_autocast(device: str) -> bool:
+    # Of devices that have none, as "meta", torch takes no question.
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class ProductKeyMemory(_KeyValueMemory):

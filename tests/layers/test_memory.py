@@ -306,6 +306,8 @@ def test_keys_of_another_dtype_than_the_rest(output):
     layer = pkm.ProductKeyMemory(16, **SIZES, output=output, dtype=torch.bfloat16)
     layer.subkeys.data = layer.subkeys.data.float()
     assert layer(torch.randn(3, 16).bfloat16()).dtype == torch.bfloat16
+    x = torch.randn(3, 16, dtype=torch.bfloat16, device="meta")
+    assert layer.to("meta")(x).dtype == torch.bfloat16
     whole = pkm.ProductKeyMemory(16, **SIZES, output=output)
     assert whole.to("meta")(torch.randn(3, 16, device="meta")).dtype == torch.float32
     whole = whole.to_empty(device="cpu")
