@@ -38,6 +38,8 @@ def test_builds_without_a_dead_link(tmp_path):
     done = build(ROOT, tmp_path / "site")
     assert done.returncode == 0, done.stderr
     api = (tmp_path / "site" / "api" / "index.html").read_text()
+    sharded = (tmp_path / "site" / "sharded" / "index.html").read_text()
+    assert "def spread" in re.sub("<[^>]*>", "", sharded)
     for name in pkm.__all__:
         if not isinstance(getattr(pkm, name), ModuleType):
             assert re.search(rf'id="pkm_triton\.[\w.]*\b{name}"', api), name
@@ -55,6 +57,16 @@ def test_a_dead_link_is_found(dead, tmp_path):
     done = build(tmp_path, tmp_path / "site")
     assert done.returncode == 1
     assert "no" in done.stderr
+
+
+def test_what_pages_take_in_is_there():
+    for page in PAGES:
+        for line in page.read_text().splitlines():
+            if line.startswith("--8"):
+                told = re.fullmatch(r'--8<-- "([^:"]+)(?::([^"]+))?"', line)
+                assert told, f"{page.name}: {line}"
+                text = (ROOT / told[1]).read_text()
+                assert not told[2] or f"[start:{told[2]}]" in text, line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
