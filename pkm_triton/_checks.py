@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -220,6 +221,8 @@ def check_mask(mask: Tensor, x: Tensor) -> None:
 
 def check_positive(name: str, value: float) -> float:
     """`value` is a finite number above zero."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, not {value!r}")
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name} is {value}, but must be a finite number above 0")
     return value

@@ -92,6 +92,8 @@ def traffic(
     layouts = check_layouts(layout, len(mesh))
     count = mesh[0] * mesh[-1] if len(mesh) == 2 else mesh[0]
     counts = _each("tokens", tokens, count)
+    if equal_tokens and len(set(counts)) > 1:
+        raise ValueError(f"equal_tokens is True, but tokens is {tokens}")
     memories = {n: m for n, m in model.named_modules() if isinstance(m, _KeyValueMemory)}
     if not memories:
         raise ValueError("model has no memory")

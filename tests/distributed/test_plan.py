@@ -106,6 +106,8 @@ def test_what_is_wrong_is_said():
             plan(*wrong)
     with pytest.raises(TypeError, match="optimizer must make an optimiser"):
         plan(8, 8, "adam", 2, 1e9)
+    with pytest.raises(TypeError, match="memory_per_rank must be a number, not '60GB'"):
+        plan(8, 8, None, 2, "60GB")
     with pytest.raises(ValueError, match="dtype is"):
         plan(8, 8, None, 2, 1e9, dtype=torch.int8)
 
