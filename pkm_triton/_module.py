@@ -1,7 +1,7 @@
 """What torch's parametrizations and transformers ask of a module with parameters of its own."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -39,6 +39,19 @@ class HostedModule(nn.Module):
             # make of a parameter into a ModuleDict, under the parameter's name.
             value = _AnyName(dict(value.items()))
         super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """As `nn.Module`, which makes new parameters of those on the meta device: one for all."""
+        before = {name: self._parameters.get(name) for name in self.table_names}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._parameters.get(name)
+            if old is None or new is old:
+                continue
+            for module in self.pool:
+                if module._parameters.get(name) is old:
+                    module._parameters[name] = new
+        return self
 
     @abstractmethod
     def _initialise(self, loaded: set[Tensor]) -> None:

@@ -1,7 +1,7 @@
 """The memory layers: product keys (paper 3) and the flat keys they are compared with."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -257,6 +257,20 @@ class _KeyValueMemory(HostedModule, ABC):
             "sparse_grad": self.sparse_grad,
             **{name: part.kind for name, part in parts.items() if part is not None},
         }
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._adopt()
+        return self
+
+    def _adopt(self) -> None:
+        """Tell who keeps tables equal over ranks of tables that may be new."""
+        if self.sharding is not None:
+            self.sharding.adopt(self.tables)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._adopt()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are not counted by those who count this layer, and bring no other along."""

@@ -1,9 +1,12 @@
 """The table on every rank, and its gradient averaged before a backward pass stores it."""
 
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pkm_triton._checks import SparseGrad
 from pkm_triton.gradients import FactoredGradient
@@ -22,6 +25,7 @@ class Replicas:
 
     def __init__(self, group: Group) -> None:
         self.group = group
+        self.averaged = WeakIdKeyDictionary()
 
     def __deepcopy__(self, memo: Any) -> "Replicas":
         """Itself: process groups have no copies."""
@@ -35,6 +39,12 @@ class Replicas:
         """Draw a table's values: the first rank's on all."""
         nn.init.normal_(values, std=std)
         self.start(values)
+
+    def adopt(self, tables: Iterable[Tensor]) -> None:
+        """Average the gradients of tables, also of one that has taken the place of another."""
+        for table in tables:
+            if table.is_leaf and table.requires_grad and table not in self.averaged:
+                self.averaged[table] = _average(table, self)
 
     @torch.no_grad()
     def start(self, table: Tensor) -> None:
@@ -69,9 +79,10 @@ def replicate(model: nn.Module, group: Group) -> None:
             tables |= {id(table): table for table in layer.tables}
     for table in tables.values():
         replicas.start(table)
-        if table.requires_grad:
-            _average(table, replicas)
+    replicas.adopt(tables.values())
 
 
-def _average(table: nn.Parameter, replicas: Replicas) -> None:
-    table.register_hook(lambda grad: replicas.mean(grad, table))
+def _average(table: Tensor, replicas: Replicas) -> Any:
+    # Which the table keeps, and must not be kept by.
+    this = weakref.ref(table)
+    return table.register_hook(lambda grad: replicas.mean(grad, this()))  # pyright: ignore

@@ -4,6 +4,7 @@ Shapes: T tokens of this rank, T_all of all, R reads a token, K slots, d_v colum
 rank has K_r and d_r.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -51,6 +52,9 @@ class Sharding:
     def __deepcopy__(self, memo: Any) -> "Sharding":
         """Itself: it never changes, and process groups have no copies."""
         return self
+
+    def adopt(self, tables: Iterable[Tensor]) -> None:
+        """Nothing: a DTensor that takes the place of another knows its mesh."""
 
     @property
     def ranks(self) -> int:

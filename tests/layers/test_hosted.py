@@ -261,3 +261,15 @@ def test_an_adapter_that_keeps_the_statistics_of_a_batch_norm(sparse_grad, tmp_p
     plain = build().eval()(input_ids=ids).logits
     assert torch.equal(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
     assert not torch.equal(plain, again(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("kind", [pkm.ProductKeyMemory, pkm.ProductKeyExperts])
+def test_shared_tables_stay_one_when_they_get_memory(kind):
+    layers = nn.ModuleList(kind(8, num_subkeys=4, top_k=2, device="meta") for _ in range(3))
+    shared = pkm.share_values(list(layers)[:2])
+    layers.to_empty(device="cpu")
+    for name in layers[0].table_names:
+        assert getattr(layers[0], name) is getattr(layers[1], name)
+        assert getattr(layers[0], name) is not getattr(layers[2], name)
+    assert not any(table.is_meta for table in layers.parameters())
+    assert all(table.is_meta for table in shared)
