@@ -68,7 +68,7 @@ class Ranks:
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all ranks, on every rank, in float64."""
-        total = values.double()
+        total = values.to(torch.float64, copy=True)
         if self.count > 1:
             dist.all_reduce(total)
         return total / self.count

@@ -235,8 +235,9 @@ def mixed_precision(device: str) -> contextlib.AbstractContextManager[Any]:
 class Progress:
     """A line of figures every few seconds, over the steps since the last one.
 
-    Usage and KL are of the reads of those steps, averaged over the memories; bits per byte where
-    the data know bytes. What a step computes stays on the device until a line is due.
+    They are of all ranks; usage and KL are of the reads of those steps, averaged over the memories;
+    bits per byte where the data know bytes. What a step computes stays on the device until a line
+    is due.
     """
 
     SECONDS = 10.0
@@ -256,7 +257,7 @@ class Progress:
         """A step was made."""
         self._loss = loss if self._loss is None else self._loss + loss
         done = self._trainer.step == self._trainer.trial.steps
-        if done or self._clock() - self._time >= self.SECONDS:
+        if self._trainer.ranks.any(done or self._clock() - self._time >= self.SECONDS):
             self._print()
             self._start()
 
@@ -266,10 +267,16 @@ class Progress:
 
     def _print(self) -> None:
         trainer, trial = self._trainer, self._trainer.trial
-        if trainer.ranks.rank or self._loss is None:
+        if self._loss is None:
             return
         steps = trainer.step - self._step
-        loss = self._loss.item() / steps
+        loss = trainer.ranks.mean(self._loss).item() / steps
+        usages = list(self._usages.values())
+        if trainer.ranks.count > 1:
+            for each in usages:
+                each.all_reduce()
+        if trainer.ranks.rank:
+            return
         seconds = max(self._clock() - self._time, 1e-9)
         parts = [f"step {trainer.step}/{trial.steps}", f"loss {loss:.4f}"]
         _, targets = trainer.data.batch(trainer.step - 1)
@@ -277,7 +284,6 @@ class Progress:
         if num_bytes:
             parts.append(f"{loss * targets.numel() / num_bytes / math.log(2):.4f} bits/byte")
         parts.append(f"{steps * trial.batch * trial.context / seconds:,.0f} tokens/s")
-        usages = list(self._usages.values())
         if usages:
             usage = sum(each.usage().item() for each in usages) / len(usages)
             kl = sum(each.kl().item() for each in usages) / len(usages)

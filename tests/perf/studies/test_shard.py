@@ -48,9 +48,11 @@ for number, trial in enumerate(trials):
         name = f"{folder}/{layout}-{number}"
         trainer = trainer_of(trial, layout)
         pkm.save_with_memory(trainer.model, f"{name}.start.pt")
-        loss = trainer.run(output=io.StringIO())
+        told = io.StringIO()
+        loss = trainer.run(output=told, clock=lambda: 0.0)
         pkm.save_with_memory(trainer.model, f"{name}.end.pt")
-        torch.save((loss, evaluate(trainer.model, trainer.data)), f"{name}.{rank}")
+        figures = evaluate(trainer.model, trainer.data)
+        torch.save((loss, figures, told.getvalue()), f"{name}.{rank}")
 
         # Stopped, with losses that count noted, and taken up in the other layout.
         path = Path(f"{name}.checkpoint.pt")
@@ -107,10 +109,13 @@ def test_tables_over_ranks_give_the_one_rank_result(trial, text, tmp_path, doubl
                 return pkm.load_with_memory(model, tmp_path / f"{name}.{which}.pt")
 
             alone = Trainer(each, data, model=loaded("start"))
-            loss = alone.run(output=io.StringIO())
+            told = io.StringIO()
+            loss = alone.run(output=told, clock=lambda: 0.0)
             figures = evaluate(alone.model, data)
             for rank in range(2):
-                their_loss, theirs = torch.load(tmp_path / f"{name}.{rank}", weights_only=False)
+                record = torch.load(tmp_path / f"{name}.{rank}", weights_only=False)
+                their_loss, theirs, line = record
+                assert line == ("" if rank else told.getvalue())
                 assert their_loss == pytest.approx(loss, rel=1e-9)
                 expected = pytest.approx(dataclasses.asdict(figures), rel=1e-9, nan_ok=True)
                 assert dataclasses.asdict(theirs) == expected
@@ -120,7 +125,7 @@ def test_tables_over_ranks_give_the_one_rank_result(trial, text, tmp_path, doubl
                     torch.testing.assert_close(theirs[key], tensor, msg=key, atol=1e-8, rtol=1e-6)
     first, last = read_rows(tmp_path / "trained.csv", TrainedRow)
     assert (first.steps, last.steps) == (3, 20)
-    _, figures = torch.load(tmp_path / "rows-0.0", weights_only=False)
+    _, figures, _ = torch.load(tmp_path / "rows-0.0", weights_only=False)
     assert last.perplexity == pytest.approx(figures.perplexity, rel=1e-9)
     assert not (tmp_path / "checkpoints").exists()
     start = [loaded_values(tmp_path / f"{layout}-0.start.pt") for layout in LAYOUTS]
