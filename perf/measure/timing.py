@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from pkm_triton.perf.records.points import Point
 
 from . import roofline
+from .collectives import CollectiveBytes
 from .memory import measure_peak
 from .workload import Parts, Pass, Workload
 
@@ -99,6 +100,14 @@ def time_passes(
     # What runs on a GPU needs one core.
     threads = 1 if device == "cuda" else torch.get_num_threads()
     return [_timing(each, taken, threads) for each in samples]
+
+
+def time_so_often(each: Pass, count: int, device: str) -> Timing:
+    """Time a pass `count` times: where other ranks must run it as often."""
+    time_once = _CudaTimer() if device == "cuda" else _time_on_cpu
+    others = _Others()
+    samples = [time_once(each) for _ in range(count)]
+    return _timing(samples, others.cores(), 1 if device == "cuda" else torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -239,6 +248,31 @@ def measure_group(
     ]
 
 
+def measure_rank(
+    point: Point, workload: Workload, *, seconds: float, agree: Callable[[float], float]
+) -> dict[str, Any]:
+    """Measure a point together with the ranks that share it.
+
+    Args:
+        point: what the workload was built from.
+        workload: this rank's.
+        seconds: time to spend.
+        agree: gives all of them the first rank's number.
+    """
+    once = time_so_often(workload.whole, 1, point.device).median_ms / 1e3
+    count = int(agree(max(MIN_SAMPLES, min(1000, seconds / max(once, 1e-6)))))
+    timing = time_so_often(workload.whole, count, point.device)
+    workload.whole.clear()
+    with CollectiveBytes() as counted:
+        workload.whole.run()
+    return (
+        _speed(point, timing)
+        | {"first_call_s": workload.first_call_s, "compile_s": workload.compile_s}
+        | _memory(point, workload)
+        | {"counted_bytes": float(counted.sent)}
+    )
+
+
 def _speed(point: Point, timing: Timing) -> dict[str, Any]:
     return {
         "copy_bytes_per_s": roofline.copied_here(point.device),
@@ -250,7 +284,7 @@ def _speed(point: Point, timing: Timing) -> dict[str, Any]:
         "cpu_ms": timing.cpu_ms,
         "others": timing.others,
         "remark": timing.remark,
-        "tokens_per_s": point.tokens / timing.median_ms * 1e3,
+        "tokens_per_s": point.ranks * point.tokens / timing.median_ms * 1e3,
     }
 
 

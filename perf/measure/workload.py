@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import pkm_triton as pkm
 from pkm_triton._backend import triton_is_installed
-from pkm_triton.gradients import FactoredGradient
+from pkm_triton.distributed import shard_memory
+from pkm_triton.gradients import FactoredGradient, local
 from pkm_triton.perf.records.points import COMPILED, Point
 
 from .baselines import PackageMemory, TextbookMemory
@@ -48,8 +49,8 @@ Memory = OwnMemory | TextbookMemory | PackageMemory
 [T, H, d_q], `lookup` from those to weights and slots [T, H, k], `gather` to outputs [T, d_v]."""
 
 
-def build_memory(point: Point) -> Memory:
-    """Make the layer of a point, on its device.
+def build_memory(point: Point, device: str | None = None) -> Memory:
+    """Make the layer of a point, on its device or another.
 
     Raises:
         ImportError: the point asks for `product-key-memory`, which is not installed.
@@ -61,7 +62,7 @@ def build_memory(point: Point) -> Memory:
         "top_k": point.top_k,
         "query_dim": point.query_dim,
         "sparse_grad": "factored" if point.pass_name == "fused-step" else point.sparse_grad,
-        "device": point.device,
+        "device": device or point.device,
         "dtype": point.torch_dtype,
     }
     if point.implementation == "product-key-memory":
@@ -72,12 +73,23 @@ def build_memory(point: Point) -> Memory:
             point.heads,
             point.query_dim,
             norm,
-            device=point.device,
+            device=device or point.device,
             dtype=point.torch_dtype,
         )
         return TextbookMemory(query_net, point.value_dim, keys=point.keys, **shared)
     kind = pkm.ProductKeyMemory if point.keys == "product" else pkm.FlatKeyMemory
     return OwnMemory(kind(point.dim, point.value_dim, query_norm=norm, **shared))
+
+
+def _spread(point: Point, mesh: Any) -> OwnMemory:
+    """The layer of a point, its values over the ranks of a mesh; no rank ever has them whole."""
+    memory = build_memory(point, "meta")
+    assert isinstance(memory, OwnMemory)
+    layout: Any = point.layout
+    shard_memory(memory.layer, mesh, layout, equal_tokens=True)
+    memory.to_empty(device=point.device)
+    memory.layer.reset_parameters()
+    return memory
 
 
 def build_optimizers(point: Point, memory: Memory) -> list[torch.optim.Optimizer]:
@@ -164,11 +176,12 @@ class Pass:
     def gradients(self) -> Iterator[Tensor]:
         """The gradients the pass has left."""
         for leaf in self._leaves:
-            if isinstance(leaf.grad, FactoredGradient):
-                for part in leaf.grad.reads:
+            grad = None if leaf.grad is None else local(leaf.grad)
+            if isinstance(grad, FactoredGradient):
+                for part in grad.reads:
                     yield from (part.slots, part.weights, part.grad_output)
-            elif leaf.grad is not None:
-                yield leaf.grad
+            elif grad is not None:
+                yield grad
 
 
 @dataclass(frozen=True)
@@ -191,6 +204,7 @@ class Workload:
 
     Attributes:
         whole: the pass whose time is the row's.
+        memory: the layer; over the ranks of `mesh`, if there is one, each with tokens of its own.
         parameter_bytes: parameters and buffers of the layer.
         first_call_s: time of the first pass, once `warm_up` was called; NaN before.
         compile_s: seconds of that in which Triton compiled, on a GPU; NaN elsewhere.
@@ -199,15 +213,16 @@ class Workload:
     first_call_s = math.nan
     compile_s = math.nan
 
-    def __init__(self, point: Point, *, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, point: Point, *, seed: int = 0, mesh: Any = None) -> None:
+        rank = 0 if mesh is None else mesh.get_local_rank()
+        generator = torch.Generator().manual_seed(seed + rank)
         # The layers draw their parameters from the global generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            memory = build_memory(point)
+            memory = build_memory(point) if mesh is None else _spread(point, mesh)
         memory.train(point.backward)
         self._point = point
-        self._memory = memory
+        self.memory = memory
         self._x = torch.randn(point.tokens, point.dim, generator=generator).to(
             device=point.device, dtype=point.torch_dtype
         )
@@ -230,7 +245,7 @@ class Workload:
             optimizers=build_optimizers(point, memory) if point.steps else (),
         )
         tensors = (*memory.parameters(), *memory.buffers())
-        self.parameter_bytes = sum(tensor.nbytes for tensor in tensors)
+        self.parameter_bytes = sum(local(tensor).nbytes for tensor in tensors)
 
     def warm_up(self) -> None:
         """Run the pass once, and remember how long that took: compiling is in no other time."""
@@ -248,7 +263,7 @@ class Workload:
         self.whole.clear()
 
     def _read_generated(self, x: Tensor) -> Tensor:
-        memory = self._memory
+        memory = self.memory
         assert not isinstance(memory, PackageMemory)
         assert self._slots is not None
         weights, _ = memory.lookup(memory.query_net(x))
@@ -256,7 +271,7 @@ class Workload:
 
     def parts(self) -> Parts | None:
         """The three parts, fed with what the layer makes; None for a layer without parts."""
-        memory = self._memory
+        memory = self.memory
         if isinstance(memory, PackageMemory) or self._point.implementation in COMPILED:
             return None
         with torch.no_grad():

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .row_file import added
+
 COMPILED = {
     "textbook-compiled": "default",
     "textbook-tuned": "max-autotune-no-cudagraphs",
@@ -14,6 +16,7 @@ IMPLEMENTATIONS = ("pkm_triton", "textbook", *COMPILED, "product-key-memory")
 KEYS = ("product", "flat")
 PASSES = ("forward", "forward+backward", "step", "fused-step")
 READS = ("layer", "uniform", "zipf", "trained")
+LAYOUTS = ("none", "columns", "rows")
 NORMS = ("batch", "layer", "none")
 DTYPES = {
     "float32": torch.float32,
@@ -56,6 +59,8 @@ class Point:
             `trained` (as unevenly as a trained memory was seen to read).
         device: `cpu` or `cuda`.
         threads: CPU threads PyTorch may use.
+        ranks: processes over which the values are spread; each has `tokens` tokens in a call.
+        layout: how they are spread, by `columns` or `rows`; `none` of one rank.
 
     Raises:
         ValueError: a parameter is out of range.
@@ -77,6 +82,8 @@ class Point:
     reads: str = "layer"
     device: str = "cpu"
     threads: int = 1
+    ranks: int = added(4, 1)
+    layout: str = added(4, "none")
 
     def __post_init__(self) -> None:
         require_choice("implementation", self.implementation, IMPLEMENTATIONS)
@@ -95,6 +102,7 @@ class Point:
             "query_dim",
             "tokens",
             "threads",
+            "ranks",
         ):
             value: Any = getattr(self, name)
             if value < 1:
@@ -105,6 +113,12 @@ class Point:
             raise ValueError(
                 f"top_k: {self.top_k} is above the {self.num_slots} slots of "
                 f"num_subkeys {self.num_subkeys}"
+            )
+        require_choice("layout", self.layout, LAYOUTS)
+        if (self.ranks > 1) != (self.layout != "none"):
+            raise ValueError(
+                f"layout: {self.layout!r} does not go with ranks {self.ranks}; one rank has none, "
+                "more have columns or rows"
             )
         if self.num_slots >= 2**31:
             raise ValueError(
@@ -140,6 +154,8 @@ class Point:
         """Why the implementation cannot run this point, or None where it can."""
         if self.pass_name == "fused-step" and self.implementation != "pkm_triton":
             return "pkm_triton alone keeps gradients as factors"
+        if self.ranks > 1 and (self.implementation, self.reads) != ("pkm_triton", "layer"):
+            return "of ranks, pkm_triton alone is measured, with the layer's own reads"
         if self.implementation != "product-key-memory":
             return None
         needed = {"keys": "product", "query_norm": "layer", "reads": "layer", "value_dim": self.dim}
@@ -153,4 +169,5 @@ class Point:
         return (
             f"{self.implementation} {self.keys} |C|={self.num_subkeys} k={self.top_k} "
             f"H={self.heads} T={self.tokens} {self.pass_name}"
+            f"{f' P={self.ranks} {self.layout}' if self.ranks > 1 else ''}"
         )

@@ -11,9 +11,9 @@ from .row_file import RowFile as _RowFile
 from .row_file import added, columns_of
 from .row_file import read_rows as _read_rows
 
-SCHEMA = 3
+SCHEMA = 4
 """Raised by one whenever a column is added (see `row_file.added`). 2: seed to remark. 3: compile_s
-and product_flops_per_s."""
+and product_flops_per_s. 4: ranks, layout, sent_bytes and counted_bytes."""
 
 _NAN = math.nan
 
@@ -40,12 +40,15 @@ class Row(Point):
         copy_bytes_per_s: what a copy on the device moved in the same run.
         product_flops_per_s: what a bfloat16 product on the GPU did in the same run.
         remark: `busy: why` where the machine was, or the passes differ much; else empty.
-        tokens_per_s: tokens / median.
+        tokens_per_s: tokens / median, of all ranks together.
         query_ms, lookup_ms, gather_ms: medians of the three parts, each timed on its own.
         peak_bytes: the most memory allocated during a pass, above what was there before it.
         working_bytes: the same without the gradients that the pass leaves behind.
         parameter_bytes: parameters and buffers of the layer.
         moved_bytes: compulsory traffic by formula (`roofline.py`).
+        sent_bytes: what rank 0 sends to others in a pass, by formula (`distributed.traffic`); of
+            more than one rank, times and memory too are rank 0's.
+        counted_bytes: the same, counted.
         roofline: share of the device's memory bandwidth, moved_bytes / median / bandwidth.
         status: `ok`, `oom: why`, `skipped: why` or `failed: why`.
     """
@@ -73,6 +76,8 @@ class Row(Point):
     working_bytes: float = _NAN
     parameter_bytes: float = _NAN
     moved_bytes: float = _NAN
+    sent_bytes: float = added(4, _NAN)
+    counted_bytes: float = added(4, _NAN)
     roofline: float = _NAN
     torch_version: str = ""
     triton_version: str = ""

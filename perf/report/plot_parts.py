@@ -1,5 +1,6 @@
 """Where the time goes: query, lookup and gather against the size of the codebooks."""
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -15,7 +16,8 @@ _TITLES = {"product": "Product keys", "flat": "Flat keys"}
 
 def time_by_part(rows: Sequence[Row]) -> Figure | None:
     """Stacked bars of the three parts for product and flat keys; None without data."""
-    found = rows_along(rows, "num_subkeys", pass_name="forward", least=2)
+    timed = [row for row in rows if not math.isnan(row.lookup_ms)]
+    found = rows_along(timed, "num_subkeys", pass_name="forward", least=2)
     shown = {
         keys: series
         for (implementation, keys), series in by_series(found).items()

@@ -103,6 +103,7 @@ def describe(row: Row, *left_out: str) -> str:
         "query_norm": f"{row.query_norm} norm",
         "dtype": row.dtype,
         "reads": "" if row.reads == "layer" else f"{row.reads} reads",
+        "ranks": "" if row.ranks == 1 else f"{row.ranks} ranks, by {row.layout}",
     }
     return ", ".join(text for name, text in words.items() if text and name not in left_out)
 

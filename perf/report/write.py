@@ -12,6 +12,7 @@ from .plot_bandwidth import bandwidth_share
 from .plot_comparison import comparison
 from .plot_memory import peak_memory
 from .plot_parts import time_by_part
+from .plot_ranks import speed_over_ranks
 from .plot_speed import NAMED, NUMERIC, speed_against_size, speed_along
 from .plot_step import step_against_reads
 from .plot_style import save
@@ -28,6 +29,7 @@ def _along(axis: str) -> Draw:
 _PICTURES: dict[str, Draw] = {
     "speed_against_size": speed_against_size,
     **{f"speed_against_{axis}": _along(axis) for axis in (*NUMERIC, *NAMED)},
+    "speed_over_ranks": speed_over_ranks,
     "time_by_part": time_by_part,
     "peak_memory": peak_memory,
     "bandwidth_share": bandwidth_share,

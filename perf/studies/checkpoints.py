@@ -20,8 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from pkm_triton.checkpoints import read_tensors, write_tensors
 from pkm_triton.distributed import latest_checkpoint, new_checkpoint
 from pkm_triton.optim import SparseAdam
-
-from .ranks import Ranks
+from pkm_triton.perf.measure.ranks import Ranks
 
 _FORMAT, _VERSION = "pkm_triton training checkpoint", 2
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pkm_triton.perf.measure.ranks import Ranks, add_rank_arguments, ranks_of_torchrun
 from pkm_triton.perf.records.environment import check_seed, check_threads, resolve_device
 from pkm_triton.perf.records.files import ensure_writable, write_whole
 from pkm_triton.perf.records.row_file import RowFile
@@ -20,7 +21,6 @@ from pkm_triton.perf.report.plot_style import save
 
 from . import curves, depth, facts, forgetting, heads_topk, keys, memory_size, position
 from .presets import PRESETS, Preset
-from .ranks import Ranks, add_rank_arguments, ranks_of_torchrun
 from .records import TimedRow, TrainedRow
 from .runner import TRAINED_CSV, train_trials
 from .summary import Results, Study

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pkm_triton as pkm
+from pkm_triton.perf.measure.ranks import Ranks
 from pkm_triton.perf.records.environment import device_name, versions
 from pkm_triton.perf.records.row_file import RowFile, read_rows
 
 from . import checkpoints
 from .data import make_data
 from .evaluation import evaluate
-from .ranks import Ranks
 from .records import TrainedRow
 from .text import Text
 from .training import Trainer

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from pkm_triton.checkpoints import save_with_memory
+from pkm_triton.perf.measure.ranks import Ranks, add_rank_arguments, ranks_of_torchrun
 from pkm_triton.perf.measure.reads import write_shares
 from pkm_triton.perf.records.environment import check_seed, check_threads, resolve_device
 from pkm_triton.perf.records.files import ensure_writable
@@ -23,7 +24,6 @@ from .data import make_data
 from .evaluation import evaluate
 from .popularity import shares_of
 from .presets import PRESETS
-from .ranks import Ranks, add_rank_arguments, ranks_of_torchrun
 from .text import SOURCES, read_text
 from .training import Trainer
 from .trial import Trial, parse_settings

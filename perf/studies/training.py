@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pkm_triton as pkm
+from pkm_triton.perf.measure.ranks import Ranks
 from pkm_triton.transformer import Transformer
 
 from . import checkpoints
 from .data import IGNORED, Data
 from .models import build_model
-from .ranks import Ranks
 from .trial import Trial
 
 BETAS = (0.9, 0.98)

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 import pkm_triton as pkm
+from pkm_triton.perf.measure.ranks import Ranks
 
 from .data import Data, FactData
-from .ranks import Ranks
 from .training import Trainer
 from .trial import Trial
 

@@ -2,9 +2,12 @@
 
 Without arguments: speed and memory of product and flat keys from 16k to 1M slots, on the GPU if
 there is one. A sweep that was stopped goes on where it was when the same command is given again.
+Under torchrun, --ranks 1 2 4 spreads the values over as many of its processes:
+torchrun --nproc-per-node 4 -m pkm_triton.perf sweep --ranks 1 2 4
 """
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +27,7 @@ from pkm_triton.perf.records.points import (
     DTYPES,
     IMPLEMENTATIONS,
     KEYS,
+    LAYOUTS,
     NORMS,
     PASSES,
     READS,
@@ -44,6 +48,7 @@ _NUMBERS = {
     "query_dim": "width of one head's query",
     "tokens": "tokens in one call",
     "threads": "CPU threads",
+    "ranks": "processes over which the values are spread; start as many with torchrun",
 }
 _WORDS = {
     "implementation": IMPLEMENTATIONS,
@@ -51,13 +56,15 @@ _WORDS = {
     "query_norm": NORMS,
     "dtype": tuple(DTYPES),
     "reads": READS,
+    "layout": LAYOUTS[1:],
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `pkm-perf sweep`."""
     parser.add_argument(
-        "--preset", default="default", help=f"the grid: {', '.join(PRESETS)} (default: %(default)s)"
+        "--preset",
+        help=f"the grid: {', '.join(PRESETS)} (default: default, or ranks where --ranks is given)",
     )
     parser.add_argument(
         "--grid-only",
@@ -128,12 +135,13 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: an argument is not allowed, the folder cannot be written, or its CSV is of
             another version. Nothing has been measured or written then.
     """
-    if arguments.preset not in PRESETS:
-        raise ValueError(f"preset: {arguments.preset!r} is unknown; allowed: {', '.join(PRESETS)}")
-    preset = PRESETS[arguments.preset]
+    name = arguments.preset or ("default" if arguments.ranks is None else "ranks")
+    if name not in PRESETS:
+        raise ValueError(f"preset: {name!r} is unknown; allowed: {', '.join(PRESETS)}")
+    preset = PRESETS[name]
     device = resolve_device(arguments.device)
     points = make_points(
-        None if arguments.grid_only else arguments.preset,
+        None if arguments.grid_only else name,
         _replaced_axes(arguments),
         device=device,
         all_threads=torch.get_num_threads(),
@@ -154,13 +162,25 @@ def run(arguments: argparse.Namespace) -> int:
     todo = open_points(points, file, limits, seed, arguments.retry)
     tried = [point for point in todo if reason_to_skip(point, file.rows, limits) is None]
     *lines, total = _plan(todo, points, predicted_sweep_seconds(tried, limits.seconds), limits)
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which all come here
     if arguments.dry_run:
-        print("\n".join([*lines, total]))
+        if first:
+            print("\n".join([*lines, total]))
         return 0
     ensure_writable(folder)
-    print(total, file=sys.stderr)
+    if first:
+        print(total, file=sys.stderr)
     try:
-        measured = run_sweep(points, file, limits, retry=arguments.retry, seed=seed)
+        options = {"retry": arguments.retry, "seed": seed}
+        if arguments.ranks is not None or any(point.ranks > 1 for point in points):
+            from pkm_triton.perf.measure.ranks import ranks_of_torchrun
+
+            from .over_ranks import sweep_over_ranks
+
+            with ranks_of_torchrun(device) as ranks:
+                measured = sweep_over_ranks(points, file, limits, ranks, **options)
+        else:
+            measured = run_sweep(points, file, limits, **options)
     except KeyboardInterrupt:
         print(
             f"\nStopped; {len(file.rows)} rows are in {path}. "
@@ -168,6 +188,8 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 130
+    if not first:
+        return 0
     counts = Counter(row.status.partition(":")[0] for row in file.rows)
     print(
         f"{measured} points measured, {len(points) - measured} were there already; in the file: "

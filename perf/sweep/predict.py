@@ -13,7 +13,7 @@ _FIXED_BYTES = 256 * 2**20
 
 def predicted_bytes(point: Point) -> int:
     """Memory the point will need at most, by formula: parameters, gradients and working memory."""
-    values = point.num_slots * point.value_dim
+    values = point.num_slots * point.value_dim // point.ranks
     width = point.heads * point.query_dim
     keys = width * (point.num_subkeys if point.keys == "product" else point.num_slots)
     others = keys + point.dim * width

@@ -151,6 +151,24 @@ PRESETS = {
             | {"pass_name": ["forward+backward"], "sparse_grad": [False, True]},
         ],
     ),
+    "ranks": Preset(
+        0.5,
+        [
+            {
+                "num_subkeys": [128, 256, 512],
+                "pass_name": ["forward", "forward+backward"],
+                "sparse_grad": [True],
+                "ranks": [1, 2, 4],
+                "layout": ["columns", "rows"],
+                **_ONE_NORM,
+            }
+        ],
+        gpu=[
+            {**_GPU, "tokens": [16_384], "num_subkeys": [1024, 2048, 4096], **_ONE_NORM}
+            | {"pass_name": ["forward", "forward+backward"], "sparse_grad": [True]}
+            | {"ranks": [1, 2, 4], "layout": ["columns", "rows"]},
+        ],
+    ),
     "step": Preset(
         3.0,
         [
@@ -226,6 +244,10 @@ def make_points(
             fields = dict(zip(axes, values, strict=True))
             fields["threads"] = named.get(fields["threads"], fields["threads"])
             fields.setdefault("value_dim", fields.get("dim", Point.dim))
+            if fields.get("ranks", 1) == 1:  # one point, not one a layout
+                fields["layout"] = "none"
+            elif fields.get("layout", "none") == "none":
+                fields["layout"] = "columns"
             point = Point(**fields)
             if not point.backward:  # no gradient: one point, not two
                 point = dataclasses.replace(point, sparse_grad=False)

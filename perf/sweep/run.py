@@ -84,7 +84,7 @@ def run_sweep(
     todo = open_points(points, file, limits, seed, retry)
     threads = torch.get_num_threads()
     try:
-        progress = _progress(len(todo))
+        progress = progress_of(len(todo))
         for group in _groups(todo):
             progress(group[0].label(), 0)
             file.refresh()  # another process may have measured it meanwhile
@@ -96,7 +96,7 @@ def run_sweep(
     return len(todo)
 
 
-def _progress(count: int) -> Progress:
+def progress_of(count: int) -> Progress:
     """Is told what is measured and how many points are done, and shows it on stderr."""
     if tqdm is None:
         done = 0
@@ -152,18 +152,19 @@ def _measure(
     left = [point for point in points if point not in outcomes]
     for some in _that_fit_together(left, limits):
         outcomes.update(_measure_together(some, limits, seed, progress))
-    software = versions()
-    return [
-        Row(
-            **dataclasses.asdict(point),
-            device_name=device_name(point.device),
-            seed=seed,
-            seconds=limits.seconds,
-            **software,
-            **outcomes[point],
-        )
-        for point in points
-    ]
+    return [row_of(point, outcomes[point], limits, seed) for point in points]
+
+
+def row_of(point: Point, outcome: Mapping[str, Any], limits: Limits, seed: int) -> Row:
+    """The row of a point that was measured here, with these figures or that status."""
+    return Row(
+        **dataclasses.asdict(point),
+        device_name=device_name(point.device),
+        seed=seed,
+        seconds=limits.seconds,
+        **versions(),
+        **outcome,
+    )
 
 
 def _that_fit_together(points: Sequence[Point], limits: Limits) -> Iterator[list[Point]]:

@@ -63,11 +63,11 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     ("pkm_triton/memory.py", "weights, gate).to(dtype)", "weights, gate)", [MEMORY]),
     # Trainings.
     (
-        "perf/studies/ranks.py",
+        "perf/measure/ranks.py",
         "        memory.reset_parameters()",
         "        memory.training",
         [SHARD],
     ),
-    ("perf/studies/ranks.py", "if not store.check([", "if store.check([", [HANGS]),
+    ("perf/measure/ranks.py", "if not store.check([", "if store.check([", [HANGS]),
     ("perf/studies/training.py", "self.ranks.mean(own).to(own.dtype)", "own", [SHARD]),
 ]

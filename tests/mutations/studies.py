@@ -39,12 +39,12 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     ),
     # Several ranks.
     (
-        "perf/studies/ranks.py",
+        "perf/measure/ranks.py",
         "            average_gradients(model.parameters())",
         "            pass",
         [RANKS],
     ),
-    ("perf/studies/ranks.py", '    importlib.import_module("torch._dynamo")\n', "", [RANKS]),
+    ("perf/measure/ranks.py", '    importlib.import_module("torch._dynamo")\n', "", [RANKS]),
     (
         "pkm_triton/distributed/data_parallel.py",
         "        grad /= distributed.get_world_size(group)",

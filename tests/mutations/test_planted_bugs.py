@@ -17,7 +17,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COPIED = ["pkm_triton", "kernels", "reference", "perf", "tests", "pyproject.toml"]
 INSTALLED_INSIDE = ["kernels", "reference", "perf"]
-RECORDS = ["harness", "layers", "lookups", "ops", "optim", "saving", "selection", "studies"]
+RECORDS = [
+    "harness",
+    "layers",
+    "lookups",
+    "ops",
+    "optim",
+    "saving",
+    "selection",
+    "sharding",
+    "studies",
+]
 
 
 def records(name):

@@ -9,6 +9,7 @@ from pkm_triton.perf.records.points import DTYPES, IMPLEMENTATIONS, Point
 from pkm_triton.perf.records.sweep_row import Row
 from pkm_triton.perf.report import compare
 from pkm_triton.perf.report.plot_bandwidth import bandwidth_share
+from pkm_triton.perf.report.plot_ranks import speed_over_ranks
 from pkm_triton.perf.report.plot_speed import speed_against_size, speed_along
 from pkm_triton.perf.report.plot_step import crossing, reads_per_slot, step_against_reads
 from pkm_triton.perf.report.plot_style import (
@@ -204,6 +205,36 @@ def test_steps_make_a_picture_of_reads(tmp_path):
     names = {path.name for path in write_report([*sparse, *dense], tmp_path)}
     assert {"step_against_reads.png", "step_against_reads.svg"} <= names
     assert step_against_reads([*sparse[:2], *dense[:2]]) is None
+
+
+def test_ranks_are_drawn_with_what_they_send(tmp_path):
+    def over(ranks, layout, num_subkeys, **changes):
+        sent = 512 * 1024.0 * ranks
+        return a_row(
+            10.0 / ranks, ranks=ranks, layout=layout, num_subkeys=num_subkeys, sent_bytes=sent,
+            counted_bytes=sent, query_ms=math.nan, lookup_ms=math.nan, gather_ms=math.nan,
+            **changes,
+        )  # fmt: skip
+
+    rows = [
+        over(ranks, layout, size)
+        for size in (128, 256)
+        for ranks, layout in ((1, "none"), (2, "columns"), (2, "rows"), (4, "columns"))
+    ]
+    # Another width, of one rank alone, is no part of it.
+    figure = speed_over_ranks([*rows, over(1, "none", 128, top_k=8)])
+    speed, sent = figure.axes
+    labels = speed.get_legend_handles_labels()[1]
+    assert labels == ["1 rank", "2 ranks, columns", "2 ranks, rows", "4 ranks, columns"]
+    assert [list(line.get_xdata()) for line in speed.lines] == [[128**2, 256**2]] * 4
+    formula, counted = sent.lines[:2]
+    assert list(formula.get_xdata()) == [2, 2, 4, 4]
+    assert list(formula.get_ydata()) == list(counted.get_ydata()) == [2.0, 2.0, 4.0, 4.0]
+    assert speed_over_ranks([row for row in rows if row.ranks == 1]) is None
+    # Parts of which no time was taken are no picture of their own.
+    names = {path.name for path in write_report(rows, tmp_path)}
+    assert "speed_over_ranks.png" in names
+    assert "time_by_part.png" not in names
 
 
 def test_the_same_rows_make_the_same_pictures(size_rows, tmp_path):

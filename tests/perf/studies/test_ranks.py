@@ -9,14 +9,14 @@ import pytest
 import torch
 from ranks import run_two_ranks
 
+from pkm_triton.perf.measure.ranks import Ranks
 from pkm_triton.perf.studies.data import make_data
-from pkm_triton.perf.studies.ranks import Ranks
 from pkm_triton.perf.studies.training import Trainer
 
 RANK = """
 import io, pickle
 from pkm_triton.perf.studies.data import make_data
-from pkm_triton.perf.studies.ranks import Ranks
+from pkm_triton.perf.measure.ranks import Ranks
 from pkm_triton.perf.studies.training import Trainer
 from pathlib import Path
 
@@ -79,7 +79,7 @@ from pathlib import Path
 import torch
 from pkm_triton.perf.studies.data import make_data
 from pkm_triton.perf.studies.presets import PRESETS
-from pkm_triton.perf.studies.ranks import ranks_of_torchrun
+from pkm_triton.perf.measure.ranks import ranks_of_torchrun
 from pkm_triton.perf.studies.training import Trainer
 
 def train():

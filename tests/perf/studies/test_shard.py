@@ -32,7 +32,7 @@ import pkm_triton as pkm
 from pkm_triton.perf.studies.data import make_data
 from pkm_triton.perf.studies.evaluation import evaluate
 from pkm_triton.perf.records.row_file import RowFile
-from pkm_triton.perf.studies.ranks import Ranks
+from pkm_triton.perf.measure.ranks import Ranks
 from pkm_triton.perf.studies.records import TrainedRow
 from pkm_triton.perf.studies.runner import train_trials
 from pkm_triton.perf.studies.training import Trainer

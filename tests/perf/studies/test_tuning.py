@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import pkm_triton as pkm
+from pkm_triton.perf.measure.ranks import Ranks
 from pkm_triton.perf.records.row_file import RowFile, read_rows
 from pkm_triton.perf.studies import runner
 from pkm_triton.perf.studies.data import FactData
 from pkm_triton.perf.studies.evaluation import evaluate
 from pkm_triton.perf.studies.presets import PRESETS
-from pkm_triton.perf.studies.ranks import Ranks
 from pkm_triton.perf.studies.records import TrainedRow
 from pkm_triton.perf.studies.runner import TRAINED_CSV, train_trials
 from pkm_triton.perf.studies.training import Trainer

@@ -80,3 +80,16 @@ def test_unknown_preset_and_empty_axis_are_refused():
         make_points("slow", {}, device="cpu", all_threads=1)
     with pytest.raises(ValueError, match="heads: no value"):
         make_points("quick", {"heads": []}, device="cpu", all_threads=1)
+
+
+def test_one_rank_has_no_layout_and_several_have_columns_unless_told():
+    given = {"ranks": [1, 2], "layout": ["columns", "rows"]}
+    points = make_points(None, given, device="cpu", all_threads=1)
+    found = [(point.ranks, point.layout) for point in points]
+    assert found == [(1, "none"), (2, "columns"), (2, "rows")]
+    (alone,) = make_points(None, {"ranks": [2]}, device="cpu", all_threads=1)
+    assert alone.layout == "columns"
+    (other,) = make_points(
+        None, {"ranks": [2], "implementation": ["textbook"]}, device="cpu", all_threads=1
+    )
+    assert "pkm_triton alone" in other.unsupported()

@@ -79,9 +79,9 @@ def test_a_step_moves_the_parameters(implementation, sparse_grad, reads, file):
         reads=reads,
     )
     workload = Workload(point)
-    before = [parameter.clone() for parameter in workload._memory.parameters()]
+    before = [parameter.clone() for parameter in workload.memory.parameters()]
     workload.whole.run()
-    for old, new in zip(before, workload._memory.parameters(), strict=True):
+    for old, new in zip(before, workload.memory.parameters(), strict=True):
         assert not torch.equal(old, new)
     run_sweep([point], file, FAST)
     assert [row.status for row in file.rows] == ["ok"]
@@ -92,7 +92,7 @@ def test_a_fused_step_is_the_step(file):
     workloads = [Workload(point) for point in points]
     for workload in workloads:
         workload.whole.run()
-    for one, other in zip(*(each._memory.parameters() for each in workloads), strict=True):
+    for one, other in zip(*(each.memory.parameters() for each in workloads), strict=True):
         assert torch.equal(one, other)
     textbook = Point(**TINY, implementation="textbook", pass_name="fused-step", sparse_grad=True)
     run_sweep([*points, textbook], file, FAST)
@@ -120,7 +120,7 @@ def test_the_same_seed_makes_the_same_layer_and_leaves_the_global_generator():
     state = torch.get_rng_state()
     first, second = (Workload(Point(**TINY), seed=3) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
-    for a, b in zip(first._memory.parameters(), second._memory.parameters(), strict=True):
+    for a, b in zip(first.memory.parameters(), second.memory.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -137,9 +137,9 @@ def test_the_seed_of_a_sweep_is_that_of_its_layers_and_stands_in_its_rows(file, 
         run_sweep([Point(**TINY)], file, FAST, seed=seed)
     assert [row.seed for row in read_rows(file.path)] == [0, 5]
     expected = [Workload(Point(**TINY), seed=seed) for seed in (0, 5)]
-    assert not torch.equal(layers[0]._memory.layer.values, layers[1]._memory.layer.values)
+    assert not torch.equal(layers[0].memory.layer.values, layers[1].memory.layer.values)
     for layer, other in zip(layers, expected, strict=True):
-        assert torch.equal(layer._memory.layer.values, other._memory.layer.values)
+        assert torch.equal(layer.memory.layer.values, other.memory.layer.values)
         assert torch.equal(layer._x, other._x)
 
 
@@ -430,7 +430,7 @@ def test_compiling_is_told_before_it_begins(file, monkeypatch):
         told.append("made")
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(sweep, "_progress", lambda count: lambda label, done: told.append(label))
+    monkeypatch.setattr(sweep, "progress_of", lambda count: lambda label, done: told.append(label))
     monkeypatch.setattr(sweep.Workload, "warm_up", fail)
     compiled = Point(**TINY, implementation="textbook-compiled")
     run_sweep([Point(**TINY), compiled], file, FAST)
