@@ -55,7 +55,7 @@ def _passes(layer, ranks, where):
             return [made["out"], *(x for p in shard.reads for x in vars(p).values())]
         return [made["out"], shard]
 
-    for call, left in ((forward, lambda: [made["out"]]), (both, kept)):
+    for call, left in ((forward, tuple), (both, kept)):
         _assert_within(bound, call, lambda: _forget(layer, made), left, (where, call.__name__))
     step = SparseAdam([layer.values])
     shard = layer.values.to_local().nbytes
