@@ -57,6 +57,10 @@ def shard_memory(
     differ, but a rank that leaves a call or a backward pass out cannot be seen, and the others wait
     for it until the group's timeout.
 
+    Within a call nothing overlaps: the gathers of slots and of weights, the sums, and their
+    exchange follow each other. With `equal_tokens` the host does not wait for them on a GPU, but
+    for one flag in the layout "rows". What the caller has put on another stream overlaps them.
+
     Values that are there are rank 0's of the mesh. On the meta device no data is made: give it
     memory by `to_empty`, and values by the layer's `reset_parameters` or a checkpoint.
 
