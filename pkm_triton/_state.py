@@ -39,6 +39,11 @@ def is_sharded(part: Any) -> bool:
     return hasattr(part, "full_tensor")
 
 
+def has_shards(model: nn.Module) -> bool:
+    """Whether a part of a model's state lies over ranks."""
+    return any(map(is_sharded, model.state_dict().values()))
+
+
 def savable(key: str, part: Any) -> Any:
     """A part of a state as it goes into a file.
 

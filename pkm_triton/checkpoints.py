@@ -13,7 +13,7 @@ from ._files import read_tensors, write_tensors
 from ._kinds import described
 from ._layer_checks import check_module, check_path
 from ._saved_model import SavedModel
-from ._state import is_plain, is_sharded, plain_name, savable, shared, unwrapped
+from ._state import has_shards, is_plain, is_sharded, plain_name, savable, shared, unwrapped
 from .memory import _KeyValueMemory
 from .replace import absorbed_modules, put_memory
 
@@ -54,18 +54,22 @@ def save_with_memory(model: nn.Module, path: str | os.PathLike[str], group: Any 
         OSError: if the file cannot be written, a full disk for example.
     """
     check_module("model", model)
-    if check_path(path).suffix.lower() == ".safetensors":
-        raise ValueError(
-            f"path is {os.fspath(path)!r}, but this writes a file of torch.save: let its name end "
-            "in '.pt' (safetensors are written by pkm_triton.hf)"
-        )
-    path, model = Path(path), unwrapped(model)
-    if not _is_sharded(model):
-        write_tensors(path, _content(model))
+
+    def prepared() -> tuple[Path, dict[str, Any]]:
+        if check_path(path).suffix.lower() == ".safetensors":
+            raise ValueError(
+                f"path is {os.fspath(path)!r}, but this writes a file of torch.save: let its name "
+                "end in '.pt' (safetensors are written by pkm_triton.hf)"
+            )
+        return Path(path), _content(model)
+
+    model = unwrapped(model)
+    if not has_shards(model):
+        write_tensors(*prepared())
         return
     from .distributed.one_file import together, write_sharded_tensors
 
-    write_sharded_tensors(path, together(lambda: _content(model), group), group)
+    write_sharded_tensors(*together(prepared, group), group)
 
 
 def load_with_memory(
@@ -92,20 +96,15 @@ def load_with_memory(
         OSError: if the file cannot be read.
     """
     check_module("model", model)
-    path, whole = check_path(path), model
-    model = unwrapped(model)
-    if _is_sharded(model):
+    whole, model = model, unwrapped(model)
+    if has_shards(model):
         from .distributed.one_file import fill, rank_and_ranks, together
 
-        share = rank_and_ranks(group)
-        _put(model, *together(lambda: _prepared(model, path, share), group), fill)
+        found = together(lambda: _prepared(model, path, rank_and_ranks(group)), group)
+        _put(model, *found, fill)
     else:
         _put(model, *_prepared(model, path, (0, 1)))
     return whole
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(map(is_sharded, model.state_dict().values()))
 
 
 def _content(model: nn.Module) -> dict[str, Any]:
@@ -129,9 +128,10 @@ def _content(model: nn.Module) -> dict[str, Any]:
 
 
 def _prepared(
-    model: nn.Module, path: Path, share: tuple[int, int]
+    model: nn.Module, path: str | os.PathLike[str], share: tuple[int, int]
 ) -> tuple[SavedModel, dict[str, _KeyValueMemory]]:
     """What a file holds, and the memories to be put into a model, of which all is checked."""
+    path = check_path(path)
     content = read_tensors(path, _FORMAT, _VERSION, plain=1, share=share)
     try:
         saved = SavedModel(content)

@@ -107,6 +107,7 @@ def run_refused(rank, ranks, folder):
         "full": _said(on_a_full_disk),
         "differ": _said(lambda: pkm.save_with_memory(model, mine)),
         "group": _said(lambda: pkm.save_with_memory(model, path, half)),
+        "name": _said(lambda: pkm.save_with_memory(model, path if rank else "m.safetensors")),
         "gone": _said(lambda: pkm.load_with_memory(model, path if rank else mine)),
         "other": _said(lambda: pkm.load_with_memory(sharded_wider(ranks), path)),
         "damaged": _said(lambda: pkm.load_with_memory(model, damaged)),

@@ -51,6 +51,7 @@ def test_what_goes_wrong_on_one_rank_ends_all_and_leaves_the_old_file(tmp_path):
         "full": "OSError: .*No space left on device",
         "differ": "ValueError: ranks differ: .*mine-1.pt",
         "group": "ValueError: .*pass a group with all ranks of its mesh",
+        "name": "ValueError: .*m.safetensors",
         "gone": "(FileNotFoundError|OSError): .*mine-0.pt",
         "other": "ValueError: .*but the saved one is",
         "damaged": "ValueError: .*differs from its checksum",
