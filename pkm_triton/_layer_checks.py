@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,13 @@ def check_module(name: str, module: nn.Module) -> None:
     """`module` is a module."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name} must be a module, not {type(module).__name__}")
+
+
+def check_group(group: Any) -> None:
+    """`group` is None or a process group, of which this rank is one."""
+    kind = getattr(torch.distributed, "ProcessGroup", None)  # not where torch is built without
+    if group is not None and (kind is None or not isinstance(group, kind)):
+        raise TypeError(f"group is {group!r}, but must be None or a ProcessGroup with this rank")
 
 
 def check_widths(name: str, widths: Iterable[int]) -> tuple[int, ...]:

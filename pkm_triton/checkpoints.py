@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._files import read_tensors, write_tensors
 from ._kinds import described
-from ._layer_checks import check_module, check_path
+from ._layer_checks import check_group, check_module, check_path
 from ._saved_model import SavedModel
 from ._state import has_shards, is_plain, is_sharded, plain_name, savable, shared, unwrapped
 from .memory import _KeyValueMemory
@@ -54,6 +54,7 @@ def save_with_memory(model: nn.Module, path: str | os.PathLike[str], group: Any 
         OSError: if the file cannot be written, a full disk for example.
     """
     check_module("model", model)
+    check_group(group)
 
     def prepared() -> tuple[Path, dict[str, Any]]:
         if check_path(path).suffix.lower() == ".safetensors":
@@ -96,6 +97,7 @@ def load_with_memory(
         OSError: if the file cannot be read.
     """
     check_module("model", model)
+    check_group(group)
     whole, model = model, unwrapped(model)
     if has_shards(model):
         from .distributed.one_file import fill, rank_and_ranks, together

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._checks import check_integer, check_same_device, check_slot_range, check_slots
-from ._layer_checks import check_device
+from ._layer_checks import check_device, check_group
 
 
 class SlotCounts:
@@ -95,6 +95,7 @@ class SlotCounts:
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Add up what all ranks of a process group have seen, each its own batches."""
+        check_group(group)
         number = torch.tensor([self.num_batches], device=self.counts.device)
         for tensor in (self.counts, self.batches_with, number):
             dist.all_reduce(tensor, group=group)

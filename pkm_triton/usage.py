@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._checks import check_integer, check_same_device, check_slot_range, check_slots, check_tensor
-from ._layer_checks import check_device
+from ._layer_checks import check_device, check_group
 
 
 class MemoryUsage:
@@ -98,6 +98,7 @@ class MemoryUsage:
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Add up what all ranks of a process group have seen; all ranks must call it."""
+        check_group(group)
         dist.all_reduce(self.weight_sums, group=group)
 
     def usage(self) -> Tensor:

@@ -163,7 +163,17 @@ def run_refused(rank, folder):
         with torch.set_grad_enabled(rank == 0):
             done(torch.ones(2, 8))
 
+    pool = nn.ModuleList([make_model()[1], make_model()[1]])
+    pkm.share_values(pool)
+    pair = [make_model()[1], make_model()[1]]
+    pair[1].values = pair[0].values
+    shard_memory(pair[0], mesh)
     wrong = {
+        "part of a pool": lambda: shard_memory(pool[1], mesh, "rows"),
+        "spread already": lambda: shard_memory(pair[1], mesh, "rows"),
+        "group": lambda: pkm.distributed.average_gradients(done.parameters(), "x"),
+        "group of a file": lambda: pkm.save_with_memory(done, f"{folder}/x.pt", "x"),
+        "group of usage": lambda: pkm.MemoryUsage(layer.num_slots).all_reduce("x"),
         "layout": lambda: shard_memory(make_model(), mesh, "diagonal"),
         "dimensions": lambda: shard_memory(make_model(), mesh, ("rows", "columns")),
         "none": lambda: shard_memory(nn.Linear(2, 2), mesh),

@@ -11,11 +11,11 @@ from .gathering import sizes_of_all
 _T = TypeVar("_T")
 
 
-def agreed(describe: Callable[[], _T], *groups: Any) -> _T:
+def agreed(describe: Callable[[], dict[str, Any]], *groups: Any) -> dict[str, Any]:
     """What `describe` returns, once it is known that it does the same on all ranks.
 
     Args:
-        describe: what to call.
+        describe: what to call; names and what they are.
         *groups: the process group; of a mesh, those of its dimensions, the last one first.
 
     Raises:
@@ -24,8 +24,12 @@ def agreed(describe: Callable[[], _T], *groups: Any) -> _T:
     mine, said = _called(describe, groups, lambda description: description)
     first, expected = said[0]
     for rank, theirs in said:
-        if theirs != expected:
-            raise ValueError(f"ranks differ: rank {rank} has {theirs}, rank {first} has {expected}")
+        for name in [*expected, *(theirs.keys() - expected)]:
+            ours, other = (each.get(name, "none") for each in (expected, theirs))
+            if other != ours:
+                raise ValueError(
+                    f"ranks differ in {name}: rank {rank} has {other}, rank {first} has {ours}"
+                )
     return mine
 
 

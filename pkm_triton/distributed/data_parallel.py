@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from pkm_triton._layer_checks import check_group
 from pkm_triton.gradients import FactoredGradient, local
 from pkm_triton.memory import _KeyValueMemory
 from pkm_triton.sharded_gradient import ShardedGradient
@@ -129,7 +130,9 @@ def average_gradients(parameters: Tensor | Iterable[Tensor], group: Group = None
 
     Raises:
         ValueError: if the group is neither, of a DTensor's mesh.
+        TypeError: if group is no process group.
     """
+    check_group(group)
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     for parameter in parameters:
         _is_averaged(parameter, group)

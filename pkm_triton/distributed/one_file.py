@@ -39,7 +39,7 @@ def write_sharded_tensors(path: Path, content: Mapping[str, Any], group: Group =
         OSError: on all ranks, if the file cannot be written.
     """
     (_, outline), *parts = parts_of(content)
-    agreed(lambda: f"{path} of {len(parts)} tensors, checksum {checksum(outline)}", group)
+    agreed(lambda: {"path": str(path), "what is saved": checksum(outline)}, group)
     tensors = {id(part): part for _, part in parts}  # each once, also where several names share it
     chunks = _chunks_of_all([part for part in tensors.values() if is_sharded(part)], group)
     rank = distributed.get_rank(group)

@@ -93,17 +93,21 @@ def shard_memory(
             "torch.distributed.init_process_group first"
         )
 
-    def described() -> tuple[Any, ...]:
+    def described() -> dict[str, Any]:
         _check_mesh(mesh)
         check_module("model", model)
         check_flag("equal_tokens", equal_tokens)
         check_flag("narrow_weights", narrow_weights)
         layouts = check_layouts(layout, mesh.ndim)
-        tables = _described(model, layouts, mesh)
-        lies = mesh.device_type, mesh.mesh.tolist()
-        return layouts, lies, equal_tokens, narrow_weights, tables
+        return {
+            "layout": layouts,
+            "mesh": (mesh.device_type, mesh.mesh.tolist()),
+            "equal_tokens": equal_tokens,
+            "narrow_weights": narrow_weights,
+            **_described(model, layouts, mesh),
+        }
 
-    layouts = agreed(described, *_groups(mesh))[0]
+    layouts = agreed(described, *_groups(mesh))["layout"]
     watch_optimizers()
     if layouts == ("replicate",):
         replicate(model, mesh.get_group())
@@ -116,6 +120,7 @@ def shard_memory(
             sharding = Sharding(mesh, layouts, shape, equal_tokens, narrow_weights)
             shards = distribute_tensor(whole.detach(), mesh, sharding.placements)
             made[id(whole)] = nn.Parameter(shards, whole.requires_grad), sharding
+            whole.is_spread = True  # pyright: ignore[reportAttributeAccessIssue]
         layer.values, layer.sharding = made[id(whole)]
     return model
 
@@ -153,17 +158,25 @@ def _memories(model: nn.Module) -> dict[str, _KeyValueMemory]:
     return {n: m for n, m in model.named_modules() if isinstance(m, _KeyValueMemory)}
 
 
-def _described(model: nn.Module, layouts: tuple[str, ...], mesh: DeviceMesh) -> list[Any]:
-    """What must be the same on all ranks; refuses what cannot be sharded."""
+def _described(model: nn.Module, layouts: tuple[str, ...], mesh: DeviceMesh) -> dict[str, Any]:
+    """What must be the same of each memory on all ranks; refuses what cannot be sharded."""
     memories = _memories(model)
     if not memories:
         raise ValueError("model has no memory: pass a mesh of the ranks that have one")
     seen: dict[int, int] = {}
-    tables = []
+    tables: dict[str, Any] = {"the names of memories": list(memories)}
+    ours = {id(layer) for layer in memories.values()}
     for name, layer in memories.items():
         values: Tensor = layer.values
         if layer.sharding is not None or hasattr(values, "full_tensor"):
             raise ValueError(f"memory {name!r} is sharded already")
+        others = [each for each in layer.pool if each._parameters.get("values") is values]
+        apart = getattr(values, "is_spread", False) or not ours.issuperset(map(id, others))
+        if apart and layouts != ("replicate",):
+            raise ValueError(
+                f"memory {name!r} shares its values with a memory outside of model: pass a module "
+                "that holds all that share them, which get one layout"
+            )
         if layouts != ("replicate",):
             if isinstance(layer, ProductKeyExperts):
                 raise ValueError(
@@ -174,5 +187,8 @@ def _described(model: nn.Module, layouts: tuple[str, ...], mesh: DeviceMesh) -> 
             check_parts(name, values.shape, layouts, mesh.shape)
         index = seen.setdefault(id(values), len(seen))
         form = layer.sparse_grad, values.requires_grad, values.is_meta
-        tables.append((name, index, tuple(values.shape), str(values.dtype), *form))
+        described = (index, tuple(values.shape), str(values.dtype), *form)
+        tables[f"the table, shape, dtype, sparse_grad, requires_grad and is_meta of {name!r}"] = (
+            described
+        )
     return tables

@@ -49,7 +49,7 @@ def test_what_goes_wrong_on_one_rank_ends_all_and_leaves_the_old_file(tmp_path):
     ranks = [torch.load(tmp_path / f"said-{rank}.pt") for rank in range(2)]
     for name, expected in {
         "full": "OSError: .*No space left on device",
-        "differ": "ValueError: ranks differ: .*mine-1.pt",
+        "differ": "ValueError: ranks differ in path: .*mine-1.pt",
         "group": "ValueError: .*pass a group with all ranks of its mesh",
         "name": "ValueError: .*m.safetensors",
         "gone": "(FileNotFoundError|OSError): .*mine-0.pt",
