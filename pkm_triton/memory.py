@@ -1,5 +1,6 @@
 """The memory layers: product keys (paper 3) and the flat keys they are compared with."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -205,10 +206,12 @@ class _KeyValueMemory(HostedModule, ABC):
         if dtype != x.dtype and not _under_autocast(x.device.type):
             dtype = x.dtype
 
-        def read(gate: Tensor | None = None) -> Tensor:
-            return self._read(x, mask, slots, weights, gate).to(dtype)
-
+        # No closure: compiled alone, once the compiler gives up on this function, it would warn.
+        read = functools.partial(self._read_in, dtype, x, mask, slots, weights)
         return read() if self.output is None else self.output(read, x, mask)
+
+    def _read_in(self, dtype: torch.dtype, *reads: Any) -> Tensor:
+        return self._read(*reads).to(dtype)
 
     def _read(
         self,

@@ -207,7 +207,7 @@ def test_a_rank_that_is_killed_ends_all_and_the_same_command_goes_on(tmp_path, m
 
 HANGS = """
 import time, torch.distributed as dist
-from pkm_triton.perf.studies import ranks
+from pkm_triton.perf.measure import ranks
 ranks.GRACE = 1.0
 with ranks.ranks_of_torchrun("cpu", timeout=3) as group:
     group.wait()
