@@ -60,7 +60,7 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     ),
     # Wrapping.
     ("pkm_triton/distributed/fsdp.py", "values | set(", "set(", [WRAPPED]),
-    ("pkm_triton/memory.py", "weights, gate).to(dtype)", "weights, gate)", [MEMORY]),
+    ("pkm_triton/memory.py", "self._read(*reads).to(dtype)", "self._read(*reads)", [MEMORY]),
     # Trainings.
     (
         "perf/measure/ranks.py",
