@@ -158,7 +158,7 @@ def _graph_of_training(setting: Setting) -> Outcome:
         return layer, step
 
     x = _input(setting)
-    captured, step = make()
+    layer, step = make()
     graph, _ = captured(lambda: step(x))
     eager, eager_step = make()
     for _ in range(3):
@@ -167,7 +167,7 @@ def _graph_of_training(setting: Setting) -> Outcome:
         x.copy_(_input(setting, seed=seed))
         graph.replay()
         eager_step(x)
-    return _equal(dict(captured.named_parameters()), dict(eager.named_parameters()))
+    return _equal(dict(layer.named_parameters()), dict(eager.named_parameters()))
 
 
 @_on_gpu

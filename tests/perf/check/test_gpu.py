@@ -197,6 +197,33 @@ def test_compiled_code_that_differs_fails(name, monkeypatch):
     assert outcome.error == pytest.approx(1e-4, rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["_graph_of_inference", "_graph_of_training"])
+@pytest.mark.parametrize("forgets", [False, True])
+def test_graphs_are_compared_with_calls(name, forgets, monkeypatch):
+    """By a stand-in for a graph, which runs the call again, or forgets to."""
+
+    def captured(run):
+        for _ in range(3):
+            out = run()
+
+        def replay():
+            again = None if forgets else run()
+            if again is not None:
+                out.copy_(again)
+
+        return SimpleNamespace(replay=replay), out
+
+    def adam(parameters, capturable):
+        return Adam(parameters)  # capturable on a GPU alone
+
+    Adam = torch.optim.Adam
+    monkeypatch.setattr(machinery, "captured", captured)
+    monkeypatch.setattr(torch.optim, "Adam", adam)
+    with planning.prepared("torch", None):
+        outcome = getattr(machinery, name).__wrapped__(Setting(torch.device("cpu"), small=True))
+    assert outcome.status == ("FAIL" if forgets else "PASS"), outcome
+
+
 def test_what_does_not_compile_ahead_is_left_to_its_check(monkeypatch, capsys):
     pytest.importorskip("triton")
     from pkm_triton.kernels import chip, launches
