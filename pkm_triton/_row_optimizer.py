@@ -199,8 +199,9 @@ class RowOptimizer(torch.optim.Optimizer):
     ) -> dict[str, Any]:
         if param.dtype not in _HALF:
             return {}
-        # Tables that draw the same random numbers would be rounded alike.
-        key = hashlib.blake2b(f"{group['seed']} {index}".encode(), digest_size=8).digest()
+        # Tables, or shards of one, that draw the same random numbers would be rounded alike.
+        drawn = f"{group['seed']} {index}{_shard_of(param)}"
+        key = hashlib.blake2b(drawn.encode(), digest_size=8).digest()
         master = None
         if group["rounding"] == "master":
             master = _as_rows(local(state["master"]), num_rows)
@@ -277,6 +278,14 @@ def _check_parameter(param: Tensor) -> None:
             f"params must be dense floating tensors ({allowed}), but one has dtype {param.dtype} "
             f"and layout {param.layout}"
         )
+
+
+def _shard_of(param: Any) -> str:
+    """Which shard of a DTensor this rank has, alike on ranks that have the same; else nothing."""
+    if not hasattr(param, "placements"):
+        return ""
+    places = zip(param.device_mesh.get_coordinate(), param.placements, strict=True)
+    return "".join(f" {place}" for place, placement in places if placement.is_shard())
 
 
 def _as_rows(tensor: Tensor, num_rows: int) -> Tensor:

@@ -41,7 +41,8 @@ class SparseAdam(RowOptimizer):
             down at random so that updates too small to see add up all the same; "master" keeps a
             float32 copy; "nearest" is torch's, which loses such updates. Float32 is not rounded.
         seed: of stochastic rounding, an integer of at least 0. Same seed, gradients and start, same
-            bits; each parameter draws random numbers of its own, by its place among all.
+            bits; each parameter, and each shard of one, draws random numbers of its own, by its
+            place among all.
         capturable: count steps on the parameters' device, so that a step of dense gradients, or of
             those kept as factors, can be captured in a CUDA graph.
 

@@ -210,6 +210,21 @@ def run_more(rank, ranks, folder):
     _mixed(rank, ranks)
     _narrow(rank, ranks)
     _averaged(rank)
+    _rounded(ranks)
+
+
+def _rounded(ranks):
+    """Shards of one table draw random numbers of their own."""
+    for layout in ("columns", "rows"):
+        model = make_model(False, torch.bfloat16, value_dim=8, num_subkeys=4)
+        values = shard_memory(model, make_mesh((ranks,)), layout)[1].values
+        with torch.no_grad():
+            values.fill_(1)
+        values.grad = torch.ones_like(values)
+        SparseAdam([values], rounding="stochastic").step()
+        first, second = values.full_tensor().chunk(2, dim=int(layout == "columns"))
+        assert first.unique().numel() == 2
+        assert not torch.equal(first, second)
 
 
 def _averaged(rank):

@@ -98,7 +98,7 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     # What optimisers of rows have in common.
     (
         "pkm_triton/_row_optimizer.py",
-        "f\"{group['seed']} {index}\"",
+        "f\"{group['seed']} {index}{_shard_of(param)}\"",
         "f\"{group['seed']}\"",
         [ROUNDING],
     ),
