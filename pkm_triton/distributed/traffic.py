@@ -97,8 +97,10 @@ def traffic(
     memories = {n: m for n, m in model.named_modules() if isinstance(m, _KeyValueMemory)}
     if not memories:
         raise ValueError("model has no memory")
+    most = None if rows_read is None else _each("rows_read", rows_read, count)
+    if most is not None and layouts != ("replicate",):
+        raise ValueError(f"rows_read is of replicas alone, but layout is {layout!r}")
     if layouts == ("replicate",):
-        most = None if rows_read is None else _each("rows_read", rows_read, count)
         return Traffic(tuple(_all_replicas(memories, counts, most)))
     forward: list[Collective] = []
     backward: list[Collective] = []

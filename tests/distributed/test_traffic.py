@@ -44,6 +44,7 @@ def test_what_is_wrong_is_said():
         (lambda: traffic(model, [1, -1], 2), r"tokens\[1\] is -1"),
         (lambda: traffic(model, 4, 0), "ranks is 0"),
         (lambda: traffic(model, [3, 4], 2, equal_tokens=True), r"tokens is \[3, 4\]"),
+        (lambda: traffic(model, 3, 2, rows_read=[3, 4]), "rows_read is of replicas alone"),
         (lambda: traffic(model, 4, 8), "7 columns, which over 8 ranks"),
         (lambda: traffic(nn.Linear(2, 2), 4, 2), "model has no memory"),
         (
