@@ -5,20 +5,24 @@ import sys
 
 import pytest
 
-AGAIN = """
-import importlib, sys, torch
-import pkm_triton as old
-import pkm_triton.ops
+FORGET_AND_RELOAD = """
+import importlib, sys
 
 def forget():
     for name in list(sys.modules):
         if name.startswith("pkm_triton"):
             del sys.modules[name]
 
-def reload():
+def reload(package="pkm_triton"):
     for name, module in sorted(sys.modules.items()):
-        if name.startswith("pkm_triton"):
+        if name.startswith(package):
             importlib.reload(module)
+"""
+
+AGAIN = """
+import torch
+import pkm_triton as old
+import pkm_triton.ops
 
 sizes = dict(num_subkeys=8, heads=2, top_k=3, query_dim=8)
 before = [old.ProductKeyMemory(8, **sizes, sparse_grad=kind) for kind in (False, True, "factored")]
@@ -71,7 +75,7 @@ assert torch.equal(loaded[0].values, model[0].values)
 @pytest.mark.slow
 def test_imported_again():
     done = subprocess.run(
-        [sys.executable, "-W", "error:Warning only once", "-c", AGAIN],
+        [sys.executable, "-W", "error:Warning only once", "-c", FORGET_AND_RELOAD + AGAIN],
         capture_output=True,
         text=True,
         check=False,
@@ -80,21 +84,10 @@ def test_imported_again():
 
 
 HUGGING_FACE = """
-import importlib, sys
 import transformers
 import pkm_triton.hf
 
-def forget():
-    for name in list(sys.modules):
-        if name.startswith("pkm_triton"):
-            del sys.modules[name]
-
-def reload():
-    for name, module in sorted(sys.modules.items()):
-        if name.startswith("pkm_triton.hf"):
-            importlib.reload(module)
-
-for step in (forget, reload):
+for step in (forget, lambda: reload("pkm_triton.hf")):
     step()
     import pkm_triton as pkm
     model = transformers.LlamaForCausalLM(
@@ -117,7 +110,7 @@ print("fine")
 def test_what_transformers_knows_is_the_last_that_was_imported(tmp_path):
     pytest.importorskip("transformers")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", HUGGING_FACE, str(tmp_path)],
+        [sys.executable, "-W", "ignore", "-c", FORGET_AND_RELOAD + HUGGING_FACE, str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,

@@ -37,3 +37,11 @@ def trial(text):
 def fact_trial():
     """A small model of facts with a memory."""
     return PRESETS["tiny"].facts
+
+
+@pytest.fixture
+def double_precision():
+    """So that rounding does not hide what is wrong."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -32,14 +32,6 @@ for number, trial in enumerate(trials):
 """  # noqa: E501
 
 
-@pytest.fixture
-def double_precision():
-    """So that rounding does not hide what is wrong."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.slow
 def test_two_ranks_give_the_one_rank_result(trial, text, tmp_path, double_precision):
     trials = [dataclasses.replace(trial, steps=5, sparse_grad=sparse) for sparse in (False, True)]

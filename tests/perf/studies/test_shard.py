@@ -85,14 +85,6 @@ else:
 """
 
 
-@pytest.fixture
-def double_precision():
-    """So that rounding does not hide what is wrong."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.slow
 def test_tables_over_ranks_give_the_one_rank_result(trial, text, tmp_path, double_precision):
     """In float64 within 1e-9, of sums in another order; resumed in another layout alike."""
