@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import distributed
 
 import pkm_triton as pkm
+import pkm_triton.distributed  # before there is a process group
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 
 import pkm_triton as pkm
+import pkm_triton.distributed  # before there is a process group
 
 
 # --8<-- [start:main]
@@ -75,4 +76,5 @@ if __name__ == "__main__":
     if distributed.get_rank() == 0:
         model = pkm.load_with_memory(make_model(), "model.pt")
         print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}: {model[1]}")
+    distributed.barrier()  # no rank leaves while gloo's threads still hold what it sent
     distributed.destroy_process_group()

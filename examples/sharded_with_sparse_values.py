@@ -12,6 +12,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 import pkm_triton as pkm
+import pkm_triton.distributed  # before there is a process group
 
 
 def main() -> None:
@@ -63,6 +64,7 @@ def main() -> None:
         losses.append(loss.item())
     if rank == 0:
         print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}")
+    distributed.barrier()  # no rank leaves while gloo's threads still hold what it sent
     distributed.destroy_process_group()
 
 

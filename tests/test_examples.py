@@ -28,7 +28,7 @@ ARGUMENTS = {
 def test_there_is_a_run_of_each_and_each_is_short():
     found = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
     assert set(found) == set(ARGUMENTS)
-    assert max(found.values()) < 80
+    assert max(found.values()) <= 80
 
 
 def run(name, arguments, folder, monkeypatch):

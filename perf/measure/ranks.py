@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib
 import math
 import os
 import time
@@ -136,9 +135,6 @@ def ranks_of_torchrun(
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # torch's optimisers import this when first used. Imported while there is a process group it
-    # keeps the group's threads alive, which may abort the process while the interpreter ends.
-    importlib.import_module("torch._dynamo")
     store, rank, count = next(rendezvous("env://"))
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",

@@ -7,7 +7,14 @@ for where something else does the wrapping; `average_gradients` is for loops wit
 `shard_memory` spreads tables that outgrow one device; `plan` says how large they may be, and
 `traffic` what ranks then send each other; `new_checkpoint` and `latest_checkpoint` name folders for
 `torch.distributed.checkpoint`.
+
+Import it before `init_process_group`. A module of torch's, which its optimisers import if nothing
+did before, keeps the process group that there is then, as a default argument; gloo's threads so
+outlive `destroy_process_group`, and now and then abort the process as it ends. So do DTensors, by
+what torch remembers of their layouts: where there are any, end with a `barrier` before it.
 """
+
+import torch.distributed.nn.functional  # noqa: F401  (see above)
 
 from .checkpoint_folders import latest_checkpoint, new_checkpoint
 from .collective_bytes import Collective
