@@ -8,7 +8,10 @@ from pkm_triton.perf.records.points import IMPLEMENTATIONS
 from pkm_triton.perf.records.sweep_row import Row
 
 from .plot_style import SERIES_STYLE, add_caption, add_legend, label_bars, new_figure
-from .slices import compared, describe, reliability
+from .slices import compared, describe, reliability, told_apart
+
+_SHOWN = ("pass_name", "sparse_grad", "reads", "tokens", "top_k", "threads")
+"""What every group of bars, and its panel, says of its point."""
 
 
 def comparison(rows: Sequence[Row]) -> Figure | None:
@@ -22,6 +25,7 @@ def comparison(rows: Sequence[Row]) -> Figure | None:
         or len({(row.num_subkeys, row.heads) for found in sets for row in found.values()}) > 1
     ):
         return None
+    apart = told_apart([found["textbook"] for found in sets], *_SHOWN)
     names = [name for name in IMPLEMENTATIONS if any(name in found for found in sets)]
     threads = sorted({found["textbook"].threads for found in sets})
     tallest = max(sum(found["textbook"].threads == each for found in sets) for each in threads)
@@ -41,7 +45,7 @@ def comparison(rows: Sequence[Row]) -> Figure | None:
         axis.axvline(1, color="black", linewidth=0.8, zorder=0.9)
         axis.margins(x=0.08)
         axis.set_yticks(
-            range(len(shown)), [_label(found["textbook"]) for found in shown], fontsize=8
+            range(len(shown)), [_label(found["textbook"], apart) for found in shown], fontsize=8
         )
         axis.invert_yaxis()
         axis.grid(False, axis="y")
@@ -49,18 +53,19 @@ def comparison(rows: Sequence[Row]) -> Figure | None:
         axis.set_title(f"{count} thread{'s' * (count > 1)}", fontsize=11)
     add_legend(figure, axes)
     first = sets[0]["textbook"]
+    device = "" if "device_name" in apart else f"{first.device_name}; "
     add_caption(
         figure,
-        f"Ratios of medians of interleaved rounds: {describe(first, 'top_k', 'tokens', 'reads')}. "
-        f"{first.device_name}; torch {first.torch_version}, "
-        f"pkm_triton {first.pkm_triton_version}. "
+        f"Ratios of medians of interleaved rounds: {describe(first, *_SHOWN, *apart)}. "
+        f"{device}torch {first.torch_version}, pkm_triton {first.pkm_triton_version}. "
         f"{reliability(row for found in sets for row in found.values())}",
     )
     return figure
 
 
-def _label(row: Row) -> str:
+def _label(row: Row, apart: Sequence[str]) -> str:
     gradients = f", {'sparse' if row.sparse_grad else 'dense'}" if row.backward else ""
     reads = "" if row.reads == "layer" else f", {row.reads} reads"
     tokens = f"{row.tokens} token{'s' * (row.tokens > 1)}"
-    return f"{row.pass_name}{gradients}{reads}\n{tokens}, k {row.top_k}"
+    more = "".join(f", {name.replace('_', ' ')} {getattr(row, name)}" for name in apart)
+    return f"{row.pass_name}{gradients}{reads}\n{tokens}, k {row.top_k}{more}"

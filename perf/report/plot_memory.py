@@ -16,7 +16,7 @@ from .plot_style import (
     plain_log_axis,
     slots_label,
 )
-from .slices import by_series, describe, machine, rows_along
+from .slices import by_series, gradient, rows_along, shared
 
 _LINES = {"forward": "-", "forward+backward": "--"}
 _AXES = {
@@ -50,7 +50,8 @@ def peak_memory(rows: Sequence[Row]) -> Figure | None:
         axis.margins(y=0.08)
         count_axis(axis)
         axis.set_ylabel("working memory of a pass, MiB")
-        captions.append(f"{_AXES[field].partition(',')[0]}: {describe(shown[0][0], field)}")
+        passes = {found[0].pass_name: found for found in shown}
+        captions.append(f"Against {_AXES[field].partition(',')[0]}: {shared(passes, field)}")
     add_legend(figure, axes)
     first = next(iter(panels.values()))[0][0]
     jump = (
@@ -61,7 +62,7 @@ def peak_memory(rows: Sequence[Row]) -> Figure | None:
         figure,
         "The most memory allocated during a pass above parameters and input; of forward+backward, "
         f"the gradients it leaves are not counted. {jump if first.device == 'cpu' else ''}"
-        f"Against {'; against '.join(captions)}. {machine(first)}.",
+        f"{' '.join(captions)}",
     )
     return figure
 
@@ -77,5 +78,5 @@ def _draw(axis: Axes, field: str, found: Sequence[Row]) -> None:
             marker=marker,
             markersize=5,
             linestyle=_LINES[pass_name],
-            label=f"{label}, {pass_name}",
+            label=f"{label}, {pass_name}{gradient(series[0])}",
         )

@@ -16,13 +16,11 @@ _TITLES = {"product": "Product keys", "flat": "Flat keys"}
 
 def time_by_part(rows: Sequence[Row]) -> Figure | None:
     """Stacked bars of the three parts for product and flat keys; None without data."""
-    timed = [row for row in rows if not math.isnan(row.lookup_ms)]
+    timed = [
+        row for row in rows if row.implementation == "pkm_triton" and not math.isnan(row.lookup_ms)
+    ]
     found = rows_along(timed, "num_subkeys", pass_name="forward", least=2)
-    shown = {
-        keys: series
-        for (implementation, keys), series in by_series(found).items()
-        if implementation == "pkm_triton"
-    }
+    shown = {keys: series for (_, keys), series in by_series(found).items()}
     if not shown:
         return None
     figure, axes = new_figure(len(shown), width=5.0 * len(shown))

@@ -23,7 +23,7 @@ from .plot_style import (
     plain_log_axis,
     slots_label,
 )
-from .slices import describe, gradient, machine, reliability
+from .slices import gradient, reliability, shared
 
 _FREE = ("num_subkeys", "ranks", "layout")
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)
@@ -61,12 +61,12 @@ def speed_over_ranks(rows: Sequence[Row]) -> Figure | None:
     sent.set_ylim(bottom=0)
     sent.set_title("Traffic: lines by formula, marks counted", fontsize=11)
     add_legend(figure, axes)
-    first = shown[0]
+    passes = {found[0].pass_name: found for found in shown}
     add_caption(
         figure,
-        f"One layer, each rank with tokens of its own: {describe(first[0], *_FREE)}. Median of the "
-        f"first rank; bands from the 20th to the 80th percentile. Bytes of all table sizes. "
-        f"{machine(first[0])}. {reliability([row for found in shown for row in found])}",
+        f"One layer, each rank with tokens of its own. {shared(passes, *_FREE)} Median of the "
+        "first rank; bands from the 20th to the 80th percentile. Bytes of all table sizes. "
+        f"{reliability([row for found in shown for row in found])}",
     )
     return figure
 

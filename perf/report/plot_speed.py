@@ -1,6 +1,6 @@
 """Pictures of speed along one axis of the grid: memory size, top-k, heads, widths, dtypes, ..."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ from .plot_style import (
     plain_log_axis,
     slots_label,
 )
-from .slices import by_series, describe, gradient, machine, reliability, rows_along
+from .slices import by_series, gradient, reliability, rows_along, shared
 
 NUMERIC = {
     "top_k": "top-k, slots read per head",
@@ -70,8 +70,7 @@ def speed_against_size(rows: Sequence[Row]) -> Figure | None:
         "Grey: the paper's Table 4, a whole 6-layer language model on the authors' GPUs (words per "
         "second): compare the shape, not the height."
     )
-    first = next(iter(shown.values()))
-    _caption(figure, first, "num_subkeys", *([paper_note] if "forward" in shown else []))
+    _caption(figure, shown, "num_subkeys", *([paper_note] if "forward" in shown else []))
     return figure
 
 
@@ -95,22 +94,26 @@ def speed_along(rows: Sequence[Row], axis: str) -> Figure | None:
         panel.set_ylabel("speed, tokens per second")
         panel.set_title(title[0].upper() + title[1:], fontsize=11)
     add_legend(figure, axes)
-    _caption(figure, next(iter(shown.values())), axis)
+    _caption(figure, shown, axis)
     return figure
 
 
 def _by_pass(rows: Sequence[Row], axis: str) -> dict[str, list[Row]]:
     """For each pass the rows that go along the axis, by what the panel is called."""
     found = {name: rows_along(rows, axis, pass_name=name) for name in PASSES}
-    return {f"{name}{gradient(each[0])}": each for name, each in found.items() if each}
+    return {
+        f"{name}{'' if axis == 'sparse_grad' else gradient(each[0])}": each
+        for name, each in found.items()
+        if each
+    }
 
 
 def _line(axis: Axes, places: Sequence[float], series: Sequence[Row], key: tuple[str, str]) -> None:
     colour, marker, label = SERIES_STYLE[key]
     rates = [row.tokens_per_s for row in series]
     axis.plot(places, rates, color=colour, marker=marker, markersize=5, label=label)
-    slow = [row.tokens / row.high_ms * 1e3 for row in series]
-    fast = [row.tokens / row.low_ms * 1e3 for row in series]
+    slow = [row.tokens_per_s * row.median_ms / row.high_ms for row in series]
+    fast = [row.tokens_per_s * row.median_ms / row.low_ms for row in series]
     axis.fill_between(places, slow, fast, color=colour, alpha=0.2, linewidth=0)
 
 
@@ -136,7 +139,8 @@ def _mark_launches(axis: Axes, found: Sequence[Row], field: str) -> None:
     speeds: dict[int, list[float]] = {}
     for row in found:
         if row.ok and row.device == "cuda" and row.cpu_ms > 0 and row.implementation == OURS:
-            speeds.setdefault(getattr(row, field), []).append(row.tokens / row.cpu_ms * 1e3)
+            allowed = row.tokens_per_s * row.median_ms / row.cpu_ms
+            speeds.setdefault(getattr(row, field), []).append(allowed)
     if speeds:
         places = sorted(speeds)
         axis.plot(
@@ -159,10 +163,10 @@ def _add_paper(speed: Axes, slowdown: Axes) -> None:
         slowdown.plot(slots, relative, color=GREY, linestyle=line, linewidth=1.2)
 
 
-def _caption(figure: Figure, found: Sequence[Row], axis: str, *notes: str) -> None:
+def _caption(figure: Figure, shown: Mapping[str, Sequence[Row]], axis: str, *notes: str) -> None:
     add_caption(
         figure,
-        f"One layer: {describe(found[0], axis)}. Median; bands from the 20th to the 80th "
-        f"percentile. {machine(found[0])}. {reliability(found)}",
+        f"One layer. {shared(shown, axis)} Median; bands from the 20th to the 80th percentile. "
+        f"{reliability(row for found in shown.values() for row in found)}",
         *notes,
     )

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from pkm_triton.perf.records.sweep_row import POINT_FIELDS, Row
 
 from .plot_style import BLUE, GREEN, ORANGE, add_caption, count_axis, new_figure, plain_log_axis
-from .slices import describe, machine
+from .slices import describe, machine, reliability
 
 _FREE = ("tokens", "pass_name", "sparse_grad", "reads")
 _STYLE = {
@@ -72,7 +72,7 @@ def step_against_reads(rows: Sequence[Row]) -> Figure | None:
         figure,
         "Forward, backward and the optimiser's step of one layer: "
         f"{describe(found[0], 'tokens', 'reads')}. Median; bands from the 20th to the 80th "
-        f"percentile. {machine(found[0])}.",
+        f"percentile. {machine(found[0])}. {reliability(found)}",
         f"Reads a slot at which a dense gradient is faster: {'; '.join(crossings)}.",
     )
     return figure
@@ -86,7 +86,10 @@ def crossing(series: Sequence[Row], other: Sequence[Row]) -> float | None:
         for row in series
         if row.tokens in theirs
     ]
+    if not ratios or ratios[-1][1] <= 0:
+        return None
+    place = ratios[0][0]
     for (x, y), (next_x, next_y) in itertools.pairwise(ratios):
-        if y <= 0 < next_y:
-            return math.exp(x - y * (next_x - x) / (next_y - y))
-    return math.exp(ratios[0][0]) if ratios and ratios[0][1] > 0 else None
+        if y <= 0 < next_y:  # the last such counts: before it `other` is slower again
+            place = x - y * (next_x - x) / (next_y - y)
+    return math.exp(place)

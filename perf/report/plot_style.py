@@ -59,7 +59,7 @@ def slots_label(num_slots: int) -> str:
 def count_label(value: float) -> str:
     """35800 -> `35.8k`: a rate with three digits."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
+        if float(f"{value:.3g}") >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
 

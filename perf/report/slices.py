@@ -1,7 +1,7 @@
 """Choose, among all rows of a sweep, those that belong into one picture or table."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pkm_triton.perf.records.points import IMPLEMENTATIONS
@@ -96,8 +96,8 @@ def describe(row: Row, *left_out: str) -> str:
         "num_subkeys": f"|C| {row.num_subkeys}",
         "top_k": f"k {row.top_k}",
         "heads": f"{row.heads} heads",
-        "dim": f"width {row.dim}"
-        + (f", values {row.value_dim}" if row.value_dim != row.dim else ""),
+        "dim": f"width {row.dim}",
+        "value_dim": f"values {row.value_dim}" if row.value_dim != row.dim else "",
         "query_dim": f"query {row.query_dim} a head",
         "tokens": f"{row.tokens} tokens",
         "query_norm": f"{row.query_norm} norm",
@@ -108,10 +108,33 @@ def describe(row: Row, *left_out: str) -> str:
     return ", ".join(text for name, text in words.items() if text and name not in left_out)
 
 
-def machine(row: Row) -> str:
+def machine(row: Row, *left_out: str) -> str:
     """Device, threads and versions, for captions."""
-    threads = f", {row.threads} thread{'s' * (row.threads > 1)}" if row.device == "cpu" else ""
+    threads = ""
+    if row.device == "cpu" and "threads" not in left_out:
+        threads = f", {row.threads} thread{'s' * (row.threads > 1)}"
     return (
         f"{row.device_name}{threads}; torch {row.torch_version}, "
         f"pkm_triton {row.pkm_triton_version}"
     )
+
+
+def shared(sets: Mapping[str, Sequence[Row]], *left_out: str) -> str:
+    """What `describe` and `machine` say of sets of rows by name: once where that is the same."""
+    told = {
+        name: f"{describe(rows[0], *left_out)}. {machine(rows[0], *left_out)}."
+        for name, rows in sets.items()
+    }
+    if len(set(told.values())) == 1:
+        return next(iter(told.values()))
+    return " ".join(f"{name[0].upper()}{name[1:]}: {text}" for name, text in told.items())
+
+
+def told_apart(rows: Sequence[Row], *known: str) -> list[str]:
+    """The parameters in which rows differ, but for the implementation and those known already."""
+    names = [*POINT_FIELDS, "device_name", "seed", "seconds"]
+    return [
+        name
+        for name in names
+        if name not in ("implementation", *known) and len({getattr(row, name) for row in rows}) > 1
+    ]

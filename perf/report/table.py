@@ -10,7 +10,7 @@ from pkm_triton.perf.records.sweep_row import POINT_FIELDS, Row
 from . import paper
 from .plot_bandwidth import share_of_copy
 from .plot_style import count_label, number, slots_label
-from .slices import compared, describe, gradient, machine, reliability, sets_along
+from .slices import compared, describe, gradient, machine, reliability, sets_along, told_apart
 
 MISSING = "–"
 
@@ -148,6 +148,12 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
+_COLUMNS = (
+    "num_subkeys", "heads", "top_k", "tokens", "pass_name", "reads", "sparse_grad", "threads",
+)  # fmt: skip
+"""What every line of the comparison says of its point."""
+
+
 def comparison_table(rows: Sequence[Row]) -> str | None:
     """Implementations side by side, with ratios of medians and of memory; None without any."""
     sets = compared(rows)
@@ -155,17 +161,20 @@ def comparison_table(rows: Sequence[Row]) -> str | None:
         return None
     names = [name for name in IMPLEMENTATIONS if any(name in found for found in sets)]
     others = [name for name in names if name != "pkm_triton"]
+    firsts = [next(iter(found.values())) for found in sets]
+    apart = told_apart(firsts, *_COLUMNS)
     header = ["\\|C\\|", "heads", "k", "tokens", "pass", "gradient", "threads"]
+    header += [name.replace("_", " ") for name in apart]
     header += [f"{name} (ms)" for name in names]
     header += [f"{name} / pkm_triton" for name in others]
     header += [f"{name}, working MiB" for name in names]
-    lines = [_comparison_line(found, names, others) for found in sets]
-    first = next(iter(sets[0].values()))
-    left_out = ("num_subkeys", "heads", "top_k", "tokens", "reads")
+    lines = [_comparison_line(found, names, others, apart) for found in sets]
+    first = firsts[0]
+    device = "" if "device_name" in apart else f"{first.device_name}; "
     caption = (
         "Medians of interleaved rounds; a ratio above 1 means that pkm_triton is faster. Working "
         "memory is the most that a pass allocates, the gradients it leaves aside. "
-        f"{describe(first, *left_out)}. {first.device_name}; torch {first.torch_version}, "
+        f"{describe(first, *_COLUMNS, *apart)}. {device}torch {first.torch_version}, "
         f"pkm_triton {first.pkm_triton_version}. "
         f"{reliability(row for found in sets for row in found.values())}".rstrip()
     )
@@ -173,7 +182,7 @@ def comparison_table(rows: Sequence[Row]) -> str | None:
 
 
 def _comparison_line(
-    found: dict[str, Row], names: Sequence[str], others: Sequence[str]
+    found: dict[str, Row], names: Sequence[str], others: Sequence[str], apart: Sequence[str]
 ) -> list[str]:
     row = next(iter(found.values()))
     own = found.get("pkm_triton")
@@ -181,6 +190,7 @@ def _comparison_line(
     cells = [str(value) for value in (row.num_subkeys, row.heads, row.top_k, row.tokens)]
     reads = "" if row.reads == "layer" else f", {row.reads} reads"
     cells += [row.pass_name + reads, gradient, str(row.threads)]
+    cells += [str(getattr(row, name)) for name in apart]
     cells += [number(found[name].median_ms) if name in found else MISSING for name in names]
     cells += [
         f"{found[name].median_ms / own.median_ms:.2f}" if own and name in found else MISSING

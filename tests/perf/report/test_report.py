@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import math
+import re
 
 import pytest
 
@@ -9,6 +10,9 @@ from pkm_triton.perf.records.points import DTYPES, IMPLEMENTATIONS, Point
 from pkm_triton.perf.records.sweep_row import Row
 from pkm_triton.perf.report import compare
 from pkm_triton.perf.report.plot_bandwidth import bandwidth_share
+from pkm_triton.perf.report.plot_comparison import comparison
+from pkm_triton.perf.report.plot_memory import peak_memory
+from pkm_triton.perf.report.plot_parts import time_by_part
 from pkm_triton.perf.report.plot_ranks import speed_over_ranks
 from pkm_triton.perf.report.plot_speed import speed_against_size, speed_along
 from pkm_triton.perf.report.plot_step import crossing, reads_per_slot, step_against_reads
@@ -140,7 +144,17 @@ def test_memory_sizes_are_labelled_as_in_the_paper(slots, label):
     assert slots_label(slots) == label
 
 
-@pytest.mark.parametrize(("value", "label"), [(35800, "35.8k"), (59.31, "59.3"), (2e9, "2G")])
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        (35800, "35.8k"),
+        (59.31, "59.3"),
+        (2e9, "2G"),
+        (999.7, "1k"),
+        (999_600, "1M"),
+        (999.4, "999"),
+    ],
+)
 def test_counts_have_three_digits(value, label):
     assert count_label(value) == label
 
@@ -198,6 +212,9 @@ def test_dense_gradients_win_from_where_the_lines_cross():
     assert crossing(*step_rows((0.25, 0.5, 2.0))) == pytest.approx(2**-0.5)
     assert crossing(*step_rows((0.1, 0.2, 0.3))) is None
     assert crossing(*step_rows((2.0, 3.0, 4.0))) == pytest.approx(0.25)
+    # From where on: what is crossed back does not count.
+    assert crossing(*step_rows((0.5, 2.0, 0.5))) is None
+    assert crossing(*step_rows((2.0, 0.5, 2.0))) == pytest.approx(2**-0.5)
 
 
 def test_steps_make_a_picture_of_reads(tmp_path):
@@ -439,3 +456,80 @@ def test_compiling_stands_beside_the_first_call_in_the_table():
     ]
     table = size_table(rows)
     assert cells(table, "of that compiling kernels (s), product keys") == ["3.25", "0"]
+
+
+def caption_of(figure):
+    return " ".join(figure._supxlabel.get_text().split())
+
+
+def test_a_picture_does_not_say_of_all_points_what_varies_along_its_axis():
+    by_threads = speed_along([a_row(threads=threads) for threads in (1, 2)], "threads")
+    assert "thread" not in caption_of(by_threads)
+    by_width = speed_along([a_row(value_dim=width) for width in (64, 128)], "value_dim")
+    assert "values" not in caption_of(by_width)
+    assert "width 512" in caption_of(by_width)
+    kinds = [a_row(pass_name="step", sparse_grad=sparse) for sparse in (False, True)]
+    (axis,) = speed_along(kinds, "sparse_grad").axes
+    assert axis.get_title() == "Step"
+
+
+def test_a_caption_tells_what_differs_between_panels():
+    def along(**shared):
+        return [a_row(num_subkeys=size, **shared) for size in (128, 256)]
+
+    training = {"pass_name": "forward+backward", "sparse_grad": True}
+    for draw in (speed_against_size, peak_memory):
+        caption = caption_of(draw([*along(), *along(**training)]))
+        assert caption.count("k 32") == 1
+        caption = caption_of(draw([*along(), *along(top_k=8, **training)]))
+        assert re.search("Forward: k 32.*Forward[+]backward.*: k 8", caption), caption
+
+
+def test_captions_tell_of_the_unreliable_rows_of_every_panel():
+    busy = {"remark": "busy: x"}
+    forward = [a_row(num_subkeys=size) for size in (128, 256)]
+    training = [dataclasses.replace(row, pass_name="forward+backward", **busy) for row in forward]
+    words = "Not to be relied on: 2 of 4 times (busy: x)."
+    assert words in caption_of(speed_against_size([*forward, *training]))
+    sparse, dense = step_rows((0.25, 0.5, 2.0))
+    dense = [dataclasses.replace(row, **busy) for row in dense]
+    assert "relied on: 3 of 6 times" in caption_of(step_against_reads([*sparse, *dense]))
+    textbook = [dataclasses.replace(row, implementation="textbook", **busy) for row in forward]
+    assert "relied on" not in caption_of(time_by_part([*forward, *textbook]))
+
+
+def test_bands_and_the_floor_of_launches_are_of_all_ranks():
+    rows = [
+        a_row(
+            num_subkeys=size, ranks=4, layout="rows", tokens_per_s=4 * 512 / 10e-3,
+            device="cuda", cpu_ms=5.0,
+        )
+        for size in (128, 256)
+    ]  # fmt: skip
+    axis = speed_against_size(rows).axes[0]
+    (band,) = axis.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((2048 / 12e-3, 2048 / 9e-3))
+    (floor,) = (line for line in axis.lines if "launching" in line.get_label())
+    assert list(floor.get_ydata()) == pytest.approx([2048 / 5e-3] * 2)
+
+
+def test_a_comparison_tells_apart_what_differs():
+    rows = [
+        a_row(implementation=name, dtype=dtype, keys=keys)
+        for name in ("pkm_triton", "textbook")
+        for dtype in ("float32", "bfloat16")
+        for keys in ("product", "flat")
+    ]
+    table = comparison_table(rows)
+    kinds = ["| product | float32 |", "| flat | float32 |"]
+    kinds += ["| product | bfloat16 |", "| flat | bfloat16 |"]
+    assert "| threads | keys | dtype | pkm_triton (ms) |" in table
+    assert all(table.count(kind) == 1 for kind in kinds)
+    caption = table.partition("|")[0]
+    assert "float" not in caption
+    assert "width 512" in caption
+    figure = comparison(rows)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert len(set(labels)) == len(labels) == 4
+    assert "float" not in caption_of(figure)
