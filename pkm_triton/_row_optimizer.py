@@ -71,6 +71,13 @@ class RowOptimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
+    def check_all_options(self, options: dict[str, Any]) -> None:
+        """As `check_options`, of the base's too."""
+        check_rounding(options["rounding"])
+        check_flag("capturable", options["capturable"])
+        check_integer("seed", options["seed"], 0)
+        self.check_options(options)
+
     def state_shape(self, name: str, param: Tensor) -> torch.Size:
         """The shape of a state; that of the parameter unless overridden."""
         return param.shape
@@ -90,10 +97,7 @@ class RowOptimizer(torch.optim.Optimizer):
         try:
             super().add_param_group(param_group)
             group = self.param_groups[-1]
-            check_rounding(group["rounding"])
-            check_flag("capturable", group["capturable"])
-            check_integer("seed", group["seed"], 0)
-            self.check_options(group)
+            self.check_all_options(group)
             for param in group["params"]:
                 _check_parameter(param)
         except BaseException:

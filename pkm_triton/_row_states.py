@@ -24,7 +24,7 @@ class RowStates:
         """Check a state dictionary; returns it without these states."""
         rest = dict(state_dict["state"])
         for group in state_dict["param_groups"]:
-            self._optimiser.check_options(self._optimiser.defaults | group)
+            self._optimiser.check_all_options(self._optimiser.defaults | group)
         for param, index, state in self._by_parameter(state_dict):
             states = {name: state[name] for name in self._names if name in state}
             for name, each in states.items():

@@ -204,7 +204,16 @@ def test_nan_stays_in_its_row():
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("lr", -1.0), ("lr", float("nan")), ("betas", (2, 0.9)), ("eps", -1.0)]
+    ("option", "value"),
+    [
+        ("lr", -1.0),
+        ("lr", float("nan")),
+        ("betas", (2, 0.9)),
+        ("eps", -1.0),
+        ("rounding", "up"),
+        ("seed", -1),
+        ("capturable", 1),
+    ],
 )
 def test_loaded_options_are_checked_before_anything_changes(option, value):
     param = torch.nn.Parameter(torch.ones(3, 2))
