@@ -61,8 +61,11 @@ class _BatchNorm(torch.autograd.Function):
         for start in range(0, rows.shape[0], _BatchNorm.ROWS):
             part = rows[start : start + _BatchNorm.ROWS]
             product = torch.sub(part, mean, out=scratch[: part.shape[0]])
-            product.mul_(product if others is None else others[start : start + part.shape[0]])
-            total += product.sum(0)
+            if others is None:
+                product.mul_(product)
+            else:  # which may be a batch, where nothing else is
+                product = product * others[start : start + part.shape[0]]
+            total = total + product.sum(0)
         return total
 
     @staticmethod

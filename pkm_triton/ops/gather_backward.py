@@ -25,6 +25,15 @@ def check_differentiable(sparse_grad: SparseGrad) -> None:
         )
 
 
+def _check_one_at_a_time(sparse_grad: SparseGrad, grad_output: Tensor) -> None:
+    """Of a batch of gradients (`is_grads_batched`), which torch makes at once, all are dense."""
+    if sparse_grad and torch._C._functorch.is_legacy_batchedtensor(grad_output):
+        raise RuntimeError(
+            "torch has no batch of sparse gradients (is_grads_batched, vectorize=True): use "
+            "sparse_grad=False, or a table that requires no gradient"
+        )
+
+
 def table_gradient(
     values: Tensor, slots: Tensor, weights: Tensor, x: Tensor, sparse_grad: SparseGrad
 ) -> Tensor:
@@ -32,6 +41,7 @@ def table_gradient(
 
     As a function that autograd does not see.
     """
+    _check_one_at_a_time(sparse_grad, weights)
     if sparse_grad == "factored":
         return FactoredGradient.of_gather(values, slots, weights, x.to(values.dtype))
     scattered = slots, weights, x, values.shape[0], values.dtype
@@ -52,6 +62,8 @@ def gather_backward(
     As a function that autograd does not see.
     """
     values, slots, weights = reads
+    if needs_values:
+        _check_one_at_a_time(sparse_grad, grad_output)
     if needs_values and sparse_grad is True:
         grad_values, grad_weights = table_operators.gather_values_backward_sparse(
             grad_output, *reads, needs_weights

@@ -52,7 +52,8 @@ def gather_values(
             or a slot on the CPU is out of range. On a GPU the range is not checked, since that
             would wait for the device: there such a slot reads nothing, and makes its token's
             output NaN.
-        RuntimeError: if a factored gradient is to be differentiated again.
+        RuntimeError: if a factored gradient is to be differentiated again, or torch asks for a
+            batch of sparse or factored ones (`is_grads_batched`).
     """
     check_gather_values(values, slots, weights)
     check_sparse_grad(sparse_grad)
@@ -110,7 +111,8 @@ def sample_values(
         ValueError: if shapes or devices do not fit, sparse_grad is neither a bool nor "factored",
             or a slot on the CPU is out of range. On a GPU, where the range is not checked, the
             product of such a slot is NaN.
-        RuntimeError: if a factored gradient is to be differentiated again.
+        RuntimeError: if a factored gradient is to be differentiated again, or torch asks for a
+            batch of sparse or factored ones (`is_grads_batched`).
     """
     check_sample_values(values, slots, x)
     check_sparse_grad(sparse_grad)

@@ -69,7 +69,9 @@ def test_higher_orders_and_forward_mode(masked, training):
     def run(x, weight, bias):
         return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x, mask))
 
-    assert torch.autograd.gradcheck(run, (x, norm.weight, norm.bias), check_forward_ad=True)
+    assert torch.autograd.gradcheck(
+        run, (x, norm.weight, norm.bias), check_forward_ad=True, check_batched_grad=True
+    )
     assert torch.autograd.gradgradcheck(run, (x, norm.weight, norm.bias))
 
 

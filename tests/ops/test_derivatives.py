@@ -301,6 +301,10 @@ def test_what_cannot_be_right_says_so():
     assert second.isfinite().all()
     with pytest.raises(RuntimeError, match="has no derivative"):
         pkm.scatter_values(SLOTS, weights, torch.randn(3, 3), 9, sparse="factored")
+    for sparse_grad in (True, "factored"):
+        out = pkm.gather_values(values, SLOTS, weights, sparse_grad)
+        with pytest.raises(RuntimeError, match=r"no batch of sparse gradients .*: use sparse_grad"):
+            torch.autograd.grad(out, weights, torch.randn(2, 3, 3), is_grads_batched=True)
     x = torch.randn(2, 3, 3)
     with pytest.raises(RuntimeError, match="no batch of sparse tensors: use"):
         vmap(lambda x: pkm.scatter_values(SLOTS, weights, x, 9, sparse=True))(x)
