@@ -1,7 +1,8 @@
 """What torch's parametrizations and transformers ask of a module with parameters of its own."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -22,16 +23,23 @@ class _AnyName(nn.ModuleDict):
         return super().__getattribute__(name)
 
 
+class Pool(list["HostedModule"]):
+    """Modules that share tables. A copy of it is empty: the copies of modules join it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Pool, ()
+
+
 class HostedModule(nn.Module):
     """A module with parameters of its own, whose names may be `values` and `keys`.
 
     Attributes:
         table_names: those of its parameters that several modules may share.
-        pool: the modules that share these, this one among them; empty if none do.
+        pool: the modules that share these, this one among them; None if none do.
     """
 
     table_names: ClassVar[tuple[str, ...]]
-    pool: "Sequence[HostedModule]" = ()
+    pool: Pool | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "parametrizations" and type(value) is nn.ModuleDict:
@@ -40,18 +48,40 @@ class HostedModule(nn.Module):
             value = _AnyName(dict(value.items()))
         super().__setattr__(name, value)
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        """As `nn.Module`, which makes new parameters of those on the meta device: one for all."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if isinstance(self.pool, Pool):
+            self.pool.append(self)
+        self._adopt()
+
+    @abstractmethod
+    def _adopt(self) -> None:
+        """Take note that tables may be new."""
+
+    @contextmanager
+    def _replacing_for_all(self) -> Iterator[None]:
+        """Give new parameters that take the place of tables to all that share those."""
         before = {name: self._parameters.get(name) for name in self.table_names}
-        super()._apply(fn, recurse)
+        yield
         for name, old in before.items():
             new = self._parameters.get(name)
             if old is None or new is old:
                 continue
-            for module in self.pool:
+            for module in self.pool or ():
                 if module._parameters.get(name) is old:
                     module._parameters[name] = new
+        self._adopt()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """As `nn.Module`, which makes new parameters of those on the meta device."""
+        with self._replacing_for_all():
+            super()._apply(fn, recurse)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """As `nn.Module`, which makes new parameters with `assign=True`."""
+        with self._replacing_for_all():
+            super()._load_from_state_dict(*args, **kwargs)
 
     @abstractmethod
     def _initialise(self, loaded: set[Tensor]) -> None:
@@ -78,7 +108,7 @@ class HostedModule(nn.Module):
 
     def _share_again(self, loaded: set[Tensor]) -> None:
         """Loading made a parameter of each name; one that a checkpoint held is kept."""
-        pool = [module for module in self.pool if module.pool is self.pool]
+        pool = [module for module in self.pool or () if module.pool is self.pool]
         for name in self.table_names:
             tables = [getattr(module, name) for module in pool]
             if pool and getattr(self, name) not in loaded:

@@ -2,7 +2,7 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -261,23 +261,14 @@ class _KeyValueMemory(HostedModule, ABC):
             **{name: part.kind for name, part in parts.items() if part is not None},
         }
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self._adopt()
-        return self
-
     def _adopt(self) -> None:
         """Tell who keeps tables equal over ranks of tables that may be new."""
         if self.sharding is not None:
             self.sharding.adopt(self.tables)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._adopt()
-
     def __getstate__(self) -> dict[str, Any]:
-        """Copies are not counted by those who count this layer, and bring no other along."""
-        return {**self.__dict__, "usages": [], "layer_mask": None, "pool": ()}
+        """Copies are not counted by those who count this layer."""
+        return {**self.__dict__, "usages": [], "layer_mask": None}
 
     def extra_repr(self) -> str:
         """The layer's sizes."""

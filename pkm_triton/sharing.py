@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from ._module import Pool
 from .memory import _KeyValueMemory
 
 
@@ -56,8 +57,9 @@ def share_values(layers: Iterable[nn.Module]) -> tuple[nn.Parameter, ...]:
                 f"{first.sparse_grad!r}: gradients of one table must be of one form"
             )
     assert isinstance(first, _KeyValueMemory)
+    pool = Pool(memories)
     for layer in memories:
-        layer.pool = memories
+        layer.pool = pool
         for name in first.table_names:
             setattr(layer, name, getattr(first, name))
     return first.tables

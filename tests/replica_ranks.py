@@ -29,7 +29,9 @@ def _one_model(form, rank, mesh, late):
     for layer in model:
         layer.reset_parameters()
     assert len(pkm.param_groups(model)[1]["params"]) == 1
-    for each in (model, copy.deepcopy(model)):
+    loaded = copy.deepcopy(model)
+    loaded.load_state_dict(model.state_dict(), assign=True)
+    for each in (model, copy.deepcopy(model), loaded):
         assert each[0].values is each[1].values
         for _ in range(2):
             sum(layer(torch.randn(3, 8)).square().mean() for layer in each).backward()

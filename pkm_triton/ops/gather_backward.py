@@ -27,7 +27,8 @@ def check_differentiable(sparse_grad: SparseGrad) -> None:
 
 def _check_one_at_a_time(sparse_grad: SparseGrad, grad_output: Tensor) -> None:
     """Of a batch of gradients (`is_grads_batched`), which torch makes at once, all are dense."""
-    if sparse_grad and torch._C._functorch.is_legacy_batchedtensor(grad_output):
+    is_batch = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+    if sparse_grad and is_batch(grad_output):
         raise RuntimeError(
             "torch has no batch of sparse gradients (is_grads_batched, vectorize=True): use "
             "sparse_grad=False, or a table that requires no gradient"

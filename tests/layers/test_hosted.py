@@ -1,6 +1,7 @@
 """The layers within what others build around modules: parametrizations, PEFT, transformers."""
 
 import copy
+import pickle
 from typing import ClassVar
 
 import pytest
@@ -236,7 +237,8 @@ def test_a_class_that_shares_tables_saves_them_once(tmp_path):
 def test_a_copy_brings_no_other_along():
     layers = [pkm.ProductKeyMemory(8, **SIZES) for _ in range(2)]
     pkm.share_values(layers)
-    assert len(copy.deepcopy(layers[0]).pool) == 0
+    alone = copy.deepcopy(layers[0])
+    assert list(alone.pool) == [alone]
     assert [len(layer.pool) for layer in layers] == [2, 2]
 
 
@@ -263,11 +265,27 @@ def test_an_adapter_that_keeps_the_statistics_of_a_batch_norm(sparse_grad, tmp_p
     assert not torch.equal(plain, again(input_ids=ids).logits)
 
 
+def pickled(layers):
+    return pickle.loads(pickle.dumps(layers))
+
+
+def to_empty(layers):
+    return layers.to_empty(device="cpu")
+
+
+def assigned(layers):
+    state = {name: torch.zeros_like(t, device="cpu") for name, t in layers.state_dict().items()}
+    layers.load_state_dict(state, assign=True)
+    return layers
+
+
 @pytest.mark.parametrize("kind", [pkm.ProductKeyMemory, pkm.ProductKeyExperts])
-def test_shared_tables_stay_one_when_they_get_memory(kind):
+@pytest.mark.parametrize("copied", [lambda layers: layers, copy.deepcopy, pickled])
+@pytest.mark.parametrize("given", [to_empty, assigned])
+def test_shared_tables_stay_one_when_they_get_memory(kind, copied, given):
     layers = nn.ModuleList(kind(8, num_subkeys=4, top_k=2, device="meta") for _ in range(3))
     shared = pkm.share_values(list(layers)[:2])
-    layers.to_empty(device="cpu")
+    layers = given(copied(layers))
     for name in layers[0].table_names:
         assert getattr(layers[0], name) is getattr(layers[1], name)
         assert getattr(layers[0], name) is not getattr(layers[2], name)

@@ -95,7 +95,7 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     ),
     (
         "pkm_triton/memory.py",
-        'return {**self.__dict__, "usages": [], "layer_mask": None, "pool": ()}',
+        'return {**self.__dict__, "usages": [], "layer_mask": None}',
         "return self.__dict__",
         [USAGE],
     ),
