@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ._checks import check_integer, check_same_device, check_slot_range, check_slots
 from ._layer_checks import check_device, check_group
+from .usage import moved
 
 
 class SlotCounts:
@@ -37,6 +38,7 @@ class SlotCounts:
         self._device = None if device is None else torch.device(device)
         self.reset()
 
+    @torch.inference_mode(False)
     def reset(self) -> None:
         """Forget all reads."""
         # Not on the default device, which may be meta while a model is built.
@@ -60,7 +62,7 @@ class SlotCounts:
         if self._device is None:
             self._device = slots.device
             self.counts, self.batches_with, self._last = (
-                each.to(slots.device) for each in (self.counts, self.batches_with, self._last)
+                moved(each, slots.device) for each in (self.counts, self.batches_with, self._last)
             )
         check_same_device(slots=slots, counts=self.counts)
         check_slot_range(slots, self.num_slots)

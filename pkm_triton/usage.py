@@ -10,6 +10,12 @@ from ._checks import check_integer, check_same_device, check_slot_range, check_s
 from ._layer_checks import check_device, check_group
 
 
+@torch.inference_mode(False)
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on a device, where it can be changed in inference mode and out of it."""
+    return tensor.to(device)
+
+
 class MemoryUsage:
     """Memory usage and KL divergence from uniform, over all the reads it is shown (paper 4.2).
 
@@ -37,6 +43,7 @@ class MemoryUsage:
         self._device = device
         self.reset()
 
+    @torch.inference_mode(False)
     def reset(self) -> None:
         """Forget all reads."""
         # Not on the default device, which may be meta while a model is built.
@@ -62,7 +69,7 @@ class MemoryUsage:
             )
         if self._device is None:
             self._device = slots.device
-            self.weight_sums = self.weight_sums.to(slots.device)
+            self.weight_sums = moved(self.weight_sums, slots.device)
         check_same_device(slots=slots, weights=weights, weight_sums=self.weight_sums)
         check_slot_range(slots, self.num_slots)
         if weights.device.type == "cpu" and weights.numel() > 0:
@@ -78,7 +85,7 @@ class MemoryUsage:
         """As `update`, of reads known to be right: nothing is looked at, so it compiles whole."""
         if self.weight_sums.device != slots.device:
             self._device = slots.device
-            self.weight_sums = self.weight_sums.to(slots.device)
+            self.weight_sums = moved(self.weight_sums, slots.device)
         self.weight_sums.index_add_(0, slots.flatten(), weights.flatten().to(torch.float64))
 
     def merge(self, other: "MemoryUsage") -> None:

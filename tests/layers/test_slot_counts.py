@@ -50,6 +50,15 @@ def test_merged_saved_and_gone_on():
         assert other.num_batches == whole.num_batches
 
 
+def test_begun_in_inference_mode(device):
+    first, second = (slots.to(device) for slots in batches(0, 2))
+    with torch.inference_mode():
+        counts = pkm.SlotCounts(12)
+        counts.update(first)
+    counts.update(second)
+    assert torch.equal(counts.counts, torch.stack([first, second]).flatten().bincount(minlength=12))
+
+
 def test_ranked_by_the_formula():
     """c(i) / sum of c · log((B + 1) / (df(i) + 1)), in numpy."""
     task, background = counted(batches(2, 3, 9)), counted(batches(3, 7))

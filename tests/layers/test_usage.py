@@ -209,6 +209,16 @@ def test_under_a_default_device():
     assert usages[""].kl().device.type == "cpu"
 
 
+def test_begun_in_inference_mode(device):
+    layer = small().eval().to(device)
+    x = torch.randn(3, 8, device=device)
+    with torch.inference_mode(), pkm.track_usage(layer) as usages:
+        layer(x)
+    weights, slots = layer.lookup(x)
+    usages[""].update(slots, weights)
+    assert counted(usages) == 12
+
+
 # Of torch, where it traces a Function.
 @pytest.mark.filterwarnings(r"ignore:::torch\.(_inductor|jit|_dynamo)")
 def test_compiled_whole():
