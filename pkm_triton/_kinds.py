@@ -29,6 +29,6 @@ def described(name: str, layer: _KeyValueMemory) -> dict[str, Any]:
         if key not in fresh or key not in ours or fresh[key].shape != ours[key].shape:
             raise TypeError(
                 f"the memory {name!r} cannot be saved with what it is: {key!r} is not what a "
-                f"{kind} has; take out adapters and quantised maps first"
+                f"{kind} has; merge slots that train, take out adapters and quantised maps first"
             )
     return {"kind": kind, "arguments": layer.arguments()}

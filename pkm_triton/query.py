@@ -9,7 +9,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_integer, check_tensor
-from ._layer_checks import check_device, check_dtype, check_meets, check_module, check_widths
+from ._layer_checks import (
+    check_device,
+    check_dtype,
+    check_group,
+    check_meets,
+    check_module,
+    check_widths,
+)
 from .batch_norm import QueryBatchNorm, QueryLayerNorm, batch_norm
 from .norms import ScaledNorm
 
@@ -116,8 +123,12 @@ def synchronise_batch_norm(model: nn.Module, group: dist.ProcessGroup | None = N
 
     Returns:
         The model.
+
+    Raises:
+        TypeError: if model is no module, or group no process group of which this rank is one.
     """
     check_module("model", model)
+    check_group(group)
     for module in model.modules():
         if isinstance(module, QueryBatchNorm):
             module.synchronised, module.group = True, group

@@ -72,7 +72,7 @@ def train_slots(layer: "_KeyValueMemory", slots: Tensor) -> nn.Parameter:
     Raises:
         TypeError: if the layer is no such memory, or slots no integer tensor.
         ValueError: if there is no slot, one is out of range, some train already, or the values are
-            sharded.
+            sharded, or made by a parametrization.
     """
     if getattr(type(layer), "table_names", None) != ("values",):
         raise TypeError(
@@ -84,6 +84,8 @@ def train_slots(layer: "_KeyValueMemory", slots: Tensor) -> nn.Parameter:
     check_slot_range(slots, layer.num_slots)
     if layer.sharding is not None:
         raise ValueError("the layer's values are sharded: train_slots takes whole tables alone")
+    if "values" not in layer._parameters:
+        raise ValueError("the layer's values are made by a parametrization: remove that first")
     if layer.tuned is not None:
         raise ValueError(f"{len(layer.tuned.slots)} slots train already: merge_slots first")
     layer.tuned = TunedSlots(layer.values, slots)

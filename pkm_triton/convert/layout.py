@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pkm_triton._checks import FLOATING_DTYPES
+from pkm_triton._kinds import described
 from pkm_triton.memory import _KeyValueMemory
 
 Memory = TypeVar("Memory", bound=_KeyValueMemory)
@@ -127,12 +128,13 @@ def check_expressible(layer: nn.Module, kind: type[nn.Module], **needed: Any) ->
     """`layer` is of a kind, and its options are among those that the other layout has.
 
     Raises:
-        TypeError: if it is of another kind.
+        TypeError: if it is of another kind, or has parts that were put in later.
         ValueError: if an option has no place there.
     """
     if type(layer) is not kind:
         raise TypeError(f"layer must be a {kind.__name__}, not {type(layer).__name__}")
-    arguments: dict[str, Any] = {"key_norm": None, "output": None, **layer.arguments()}  # pyright: ignore[reportCallIssue]
+    description = described("layer", layer)  # pyright: ignore[reportArgumentType]
+    arguments: dict[str, Any] = {"key_norm": None, "output": None, **description["arguments"]}
     for name, allowed in needed.items():
         if arguments[name] not in allowed:
             raise ValueError(

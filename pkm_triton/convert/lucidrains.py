@@ -76,7 +76,8 @@ def to_lucidrains(layer: ProductKeyMemory, prefix: str = "") -> dict[str, Tensor
         prefix: put before every name.
 
     Raises:
-        TypeError: if it is no `ProductKeyMemory`.
+        TypeError: if it is no `ProductKeyMemory`, or has parts that were put in later, such as
+            adapters.
         ValueError: if it has what this layout cannot express.
     """
     check_expressible(

@@ -1,6 +1,7 @@
 """The memories of facebookresearch/memory ("Memory Layers at Scale"), and its PEER."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -97,15 +98,19 @@ def to_meta(layer: ProductKeyMemory, prefix: str = "") -> dict[str, Tensor]:
     """The state dict of a memory of facebookresearch/memory that computes what the layer does.
 
     Args:
-        layer: a `ProductKeyMemory` or `ProductKeyExperts` without norms and hidden layers.
+        layer: a `ProductKeyMemory` or `ProductKeyExperts` without norms and hidden layers; experts
+            with activation "gelu" and gate "softmax".
         prefix: put before every name.
 
     Raises:
-        TypeError: if it is no such layer.
+        TypeError: if it is no such layer, or has parts that were put in later, such as adapters.
         ValueError: if it has an option that this layout cannot express.
     """
     kind = ProductKeyExperts if isinstance(layer, ProductKeyExperts) else ProductKeyMemory
-    check_expressible(layer, kind, query_norm=(None,), key_norm=(None,), query_hidden=([],))
+    needed: dict[str, Any] = {"query_norm": (None,), "key_norm": (None,), "query_hidden": ([],)}
+    if kind is ProductKeyExperts:
+        needed |= {"activation": ("gelu",), "gate": ("softmax",)}
+    check_expressible(layer, kind, **needed)
     state = layer.state_dict()
     out = {
         _QUERY[0]: state["query_net.layers.0.weight"],

@@ -91,7 +91,7 @@ def to_xlm(layer: ProductKeyMemory | FlatKeyMemory, prefix: str = "") -> dict[st
         prefix: put before every name.
 
     Raises:
-        TypeError: if it is no such layer.
+        TypeError: if it is no such layer, or has parts that were put in later, such as adapters.
         ValueError: if it has an option that XLM's layout cannot express.
     """
     kind = FlatKeyMemory if isinstance(layer, FlatKeyMemory) else ProductKeyMemory

@@ -283,8 +283,16 @@ def test_wrong_calls():
     for store in (convert.to_xlm, convert.to_meta, convert.to_lucidrains):
         with pytest.raises(ValueError, match="query_norm='layer', which that layout cannot"):
             store(layer)
+    for option in ({"activation": "relu"}, {"gate": "relu"}):
+        experts = pkm.ProductKeyExperts(4, **sizes, query_norm=None, **option)
+        with pytest.raises(ValueError, match="='relu', which that layout cannot express"):
+            convert.to_meta(experts)
     layer = pkm.ProductKeyMemory(4, **sizes, query_norm=None)
     with pytest.raises(ValueError, match="queries have a bias"):
         convert.to_lucidrains(layer)
+    pkm.train_slots(layer, torch.tensor([1]))
+    for store in (convert.to_xlm, convert.to_meta, convert.to_lucidrains):
+        with pytest.raises(TypeError, match=r"'tuned\.slots' is not what a .*; merge slots"):
+            store(layer)
     with pytest.raises(TypeError, match="layer must be a ProductKeyMemory, not Linear"):
         convert.to_xlm(torch.nn.Linear(2, 2))

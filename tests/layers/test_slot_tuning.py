@@ -109,6 +109,10 @@ def test_wrong_calls():
     pkm.train_slots(layer, SLOTS)
     with pytest.raises(ValueError, match="4 slots train already"):
         pkm.train_slots(layer, SLOTS)
+    made = torch.nn.utils.parametrizations.weight_norm(pkm.ProductKeyMemory(4, **SIZES), "values")
+    with pytest.raises(ValueError, match="made by a parametrization"), torch.no_grad():
+        pkm.train_slots(made, SLOTS)
+    assert made.tuned is None
     for other in (torch.nn.Linear(4, 4), pkm.ProductKeyExperts(4, **SIZES)):
         with pytest.raises(TypeError, match="layer must be a ProductKeyMemory or FlatKeyMemory"):
             pkm.train_slots(other, SLOTS)

@@ -55,13 +55,16 @@ def test_two_ranks_give_the_one_rank_result(tmp_path):
 
 
 def test_only_ranks_of_its_group_are_asked(monkeypatch):
-    asked = []
+    asked, these = [], dist.ProcessGroup(0, 2)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda group: asked.append(group) or 2)
     monkeypatch.setattr(dist, "all_reduce", lambda _, group=None: asked.append(group))
-    network = pkm.synchronise_batch_norm(pkm.QueryNetwork(5, 2, 4), "these")
+    network = pkm.synchronise_batch_norm(pkm.QueryNetwork(5, 2, 4), these)
     network(torch.randn(6, 5)).square().sum().backward()
-    assert asked == ["these"] * 5
+    assert asked == [these] * 5
+    with pytest.raises(TypeError, match="group is 'these', but must be None or a ProcessGroup"):
+        pkm.synchronise_batch_norm(network, "these")
+    assert network.norm.group is these
 
 
 def test_alone_it_is_batch_norm_over_the_same_tensors():
