@@ -21,8 +21,9 @@ class FactoredGradient(Tensor):
     reads of all. `optim.SparseAdam` makes its step from it, row by row. It can be scaled, set to
     zero, copied, saved, and unscaled by `GradScaler`, and it has a norm, for which its rows are
     made a few columns at a time: so `optim.clip_grad_norm_` and torch's own clip it. `to_sparse`
-    and `to_dense` make it an ordinary gradient. What needs its elements (another optimiser,
-    `DistributedDataParallel`) raises NotImplementedError.
+    and `to_dense` make it an ordinary gradient, as anomaly detection does to look for NaN. What
+    else needs its elements (another optimiser, `DistributedDataParallel`) raises
+    NotImplementedError.
 
     As of any tensor, `detach()` gives another view of the same reads, `clone()` a copy.
 
@@ -259,6 +260,8 @@ _IMPLEMENTED = {
     _aten.div.Tensor: _div,
     _aten.div_.Tensor: _div_in_place,
     _aten.linalg_vector_norm.default: _norm,
+    # How `torch.autograd.detect_anomaly` looks at a gradient.
+    _aten.isnan.default: lambda grad: grad.to_sparse().isnan(),
     _aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,
 }
 for _name, _run in (

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -166,6 +167,16 @@ def test_shared_memory(values):
     assert values.grad.is_shared()
     assert all(part.slots.is_shared() and part.weights.is_shared() for part in values.grad.reads)
     assert torch.equal(values.grad.to_dense(), before)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_anomaly_detection_looks_at_its_elements(values):
+    weights = torch.ones(2, 3)
+    with torch.autograd.detect_anomaly():
+        gather(values, weights=weights).backward()
+        weights[1, 2] = math.nan
+        with pytest.raises(RuntimeError, match="'_GatherBackward' returned nan values in its 0th"):
+            gather(values, weights=weights).backward()
 
 
 def test_buffers_may_be_used_again_before_the_step():
