@@ -155,15 +155,15 @@ def check_same_shape(slots: Tensor, weights: Tensor) -> None:
         )
 
 
-def check_slots(slots: Tensor) -> None:
+def check_slots(slots: Tensor, name: str = "slots", form: str = "[..., R]") -> None:
     """`slots` is an int32 or int64 tensor of at least one dimension."""
     if not isinstance(slots, Tensor):
-        raise TypeError(f"slots must be a tensor [..., R], not {type(slots).__name__}")
-    check_dense("slots", slots)
+        raise TypeError(f"{name} must be a tensor {form}, not {type(slots).__name__}")
+    check_dense(name, slots)
     if slots.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"slots has dtype {slots.dtype}, but must be torch.int32 or torch.int64")
+        raise TypeError(f"{name} has dtype {slots.dtype}, but must be torch.int32 or torch.int64")
     if slots.ndim < 1:
-        raise ValueError("slots must have shape [..., R], not []")
+        raise ValueError(f"{name} must have shape {form}, not []")
 
 
 def check_slot_range(slots: Tensor, num_slots: int) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_integer, check_tensor
+from ._checks import check_choice, check_integer, check_mask, check_tensor
 from ._layer_checks import (
     check_device,
     check_dtype,
@@ -95,13 +95,16 @@ class QueryNetwork(nn.Module):
         """Queries [..., H, d_q] of tokens x [..., dim]; mask [...] is False where x is padding.
 
         Raises:
-            TypeError: if x is no floating tensor, or not of the parameters' dtype outside autocast.
-            ValueError: if the shape or device of x does not fit.
+            TypeError: if x is no floating tensor, or not of the parameters' dtype outside autocast,
+                or mask no bool tensor.
+            ValueError: if a shape or a device does not fit.
         """
         check_tensor("x", x, f"[..., {self.dim}]", 1, exact=False)
         if x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape [..., {self.dim}], not {list(x.shape)}")
         check_meets(x, next(iter(self.layers)))
+        if mask is not None:
+            check_mask(mask, x)
         query: Tensor = self.layers(x)
         if self.norm_name == "batch":
             # It may be torch's synchronised one now, or wrapped in an adapter.

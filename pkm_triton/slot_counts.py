@@ -115,7 +115,7 @@ class SlotCounts:
         """Go on from what `state_dict` returned, on this instance's device.
 
         Raises:
-            TypeError: if the state is no mapping.
+            TypeError: if the state is no mapping of integer tensors.
             ValueError: if something is missing (all of it is named), or of another size.
         """
         if not isinstance(state, Mapping):
@@ -124,6 +124,7 @@ class SlotCounts:
         if missing:
             raise ValueError(f"state has no {', '.join(missing)}")
         for name in ("counts", "batches_with"):
+            check_slots(state[name], f"state[{name!r}]", "[K]")
             if state[name].shape != (self.num_slots,):
                 raise ValueError(
                     f"state[{name!r}] has shape {list(state[name].shape)}, but must have "

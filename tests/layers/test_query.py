@@ -109,3 +109,16 @@ def test_a_batch_norm_within_an_adapter(training):
         torch.testing.assert_close(ours[mask], theirs[mask])
     torch.testing.assert_close(wrapped.norm.norm.running_mean, net.norm.running_mean)
     torch.testing.assert_close(wrapped.norm.norm.running_var, net.norm.running_var)
+
+
+@pytest.mark.parametrize("norm", ["batch", None])
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (torch.ones(3) > 0, ValueError, r"mask must have shape \[2\] to go with x \[2, 8\]"),
+        (torch.ones(2), TypeError, "mask must be a bool tensor"),
+    ],
+)
+def test_wrong_masks(norm, mask, error, message):
+    with pytest.raises(error, match=message):
+        QueryNetwork(8, 2, 6, norm)(torch.randn(2, 8), mask)

@@ -127,6 +127,11 @@ def test_all_reduce(tmp_path):
         (lambda c: c.load_state_dict({"counts": c.counts}), ValueError, "no batches_with, num_b"),
         (lambda c: c.load_state_dict(3), TypeError, "state must be a state dict, not int"),
         (lambda c: c.load_state_dict(pkm.SlotCounts(3).state_dict()), ValueError, r"shape \[3\]"),
+        (
+            lambda c: c.load_state_dict(c.state_dict() | {"batches_with": [0] * 12}),
+            TypeError,
+            r"state\['batches_with'\] must be a tensor \[K\], not list",
+        ),
         (lambda c: pkm.rank_slots(c, c, 0), ValueError, "top is 0"),
         (lambda c: pkm.rank_slots(c, c, 13), ValueError, "top is 13, but there are only 12"),
         (lambda c: pkm.rank_slots(c, pkm.SlotCounts(3), 1), ValueError, "background 3"),
