@@ -44,7 +44,6 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
         "            pass",
         [RANKS],
     ),
-    ("perf/measure/ranks.py", '    importlib.import_module("torch._dynamo")\n', "", [RANKS]),
     (
         "pkm_triton/distributed/data_parallel.py",
         "        grad /= distributed.get_world_size(group)",
