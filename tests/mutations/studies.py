@@ -65,6 +65,9 @@ MUTATIONS: list[tuple[str, str, str, list[str]]] = [
     ("perf/studies/tuning.py", "    model.train(training)\n", "", [POPULARITY]),
     # Figures and tables of the curves.
     ("perf/studies/curves.py", "if trial.num_subkeys == smallest", "if False", [STUDIES]),
+    ("perf/studies/curves.py", "others[row.seed] - 1", "others[min(others)] - 1", [STUDIES]),
+    ("perf/studies/curves.py", "if row.seed in others]", "if others]", [STUDIES]),
+    ("perf/studies/curves.py", "rows.sort(key=lambda row: row.seed)", "pass", [STUDIES]),
     # Gradients of sharded tables.
     (
         "pkm_triton/distributed/data_parallel.py",

@@ -150,6 +150,19 @@ def test_curves_show_every_kind_at_every_length(tmp_path):
     assert "fixed, 16k" not in table
 
 
+def test_curves_compare_flat_with_product_keys_of_the_same_seed(tmp_path):
+    preset, study = PRESETS["tiny"], STUDIES["curves"]
+    rows = [
+        a_row(trial, perplexity=(1 + seed) * (98 + seed if trial.keys == "flat" else 100))
+        for seed in (1, 0)
+        for trial in study.trials(preset, dataclasses.replace(preset.text, seed=seed))
+        if not (seed == 0 and trial.keys == "product" and trial.steps == 6)
+    ]
+    write_report(study, Results(rows, []), preset, preset.text, tmp_path)
+    above = (tmp_path / "table.md").read_text().partition("Perplexity of flat keys above")[2]
+    assert cells_of_first(above, "flat keys, 16 slots") == ["-2.0, -1.0", "-2.0, -1.0", "-1.0"]
+
+
 def test_a_report_of_no_rows_writes_nothing(tmp_path):
     preset = PRESETS["tiny"]
     for name, study in STUDIES.items():
