@@ -57,9 +57,16 @@ def share_values(layers: Iterable[nn.Module]) -> tuple[nn.Parameter, ...]:
                 f"{first.sparse_grad!r}: gradients of one table must be of one form"
             )
     assert isinstance(first, _KeyValueMemory)
-    pool = Pool(memories)
     for layer in memories:
-        layer.pool = pool
         for name in first.table_names:
             setattr(layer, name, getattr(first, name))
+    # With those that share them already.
+    every = dict.fromkeys(each for layer in memories for each in (layer, *(layer.pool or ())))
+    pool = Pool(each for each in every if _same(each.tables, first.tables))
+    for layer in pool:
+        layer.pool = pool
     return first.tables
+
+
+def _same(tables: tuple[nn.Parameter, ...], others: tuple[nn.Parameter, ...]) -> bool:
+    return all(ours is theirs for ours, theirs in zip(tables, others, strict=True))

@@ -291,3 +291,17 @@ def test_shared_tables_stay_one_when_they_get_memory(kind, copied, given):
         assert getattr(layers[0], name) is not getattr(layers[2], name)
     assert not any(table.is_meta for table in layers.parameters())
     assert all(table.is_meta for table in shared)
+
+
+def test_tables_shared_pair_by_pair_stay_one():
+    layers = nn.ModuleList(
+        pkm.ProductKeyMemory(8, num_subkeys=4, top_k=2, device="meta") for _ in range(5)
+    )
+    first, second, third, fourth, fifth = layers
+    pkm.share_values([first, fifth])
+    for other in (second, third):
+        pkm.share_values([first, other])
+    pkm.share_values([fourth, fifth])  # which leaves the first
+    to_empty(layers)
+    assert first.values is second.values is third.values
+    assert fourth.values is fifth.values is not first.values
