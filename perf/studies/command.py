@@ -101,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     changed = parse_settings(arguments.set)
     folder: Path = arguments.output / arguments.name
     base = dataclasses.replace(preset.base(arguments.name), **changed)
+    _check_changed(changed, arguments.name, study, preset, base)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -126,7 +127,7 @@ def _run(
     ranks: Ranks,
 ) -> int:
     text: Text | None = None
-    if base.task == "text" and "train" in arguments.stages:
+    if base.task == "text" and ("train" in arguments.stages or arguments.text is not None):
         text = read_text(arguments.text)
         base = dataclasses.replace(
             base, text=text.name, text_size=text.size, text_sha256=text.sha256
@@ -174,12 +175,16 @@ def _run(
 def write_report(
     study: Study, results: Results, preset: Preset, base: Trial, folder: Path
 ) -> list[Path]:
-    """Write the table and the figures that the rows suffice for; returns the files written."""
-    if base.task == "text" and results.trained:
+    """Write the table and the figures that the rows suffice for; returns the files written.
+
+    Of the text that `base` names, or that of the last row where it names none.
+    """
+    if base.task == "text" and not base.text_sha256 and results.trained:
         last = results.trained[-1]
         base = dataclasses.replace(
             base, text=last.text, text_size=last.text_size, text_sha256=last.text_sha256
         )
+    results = results.of(study.trials(preset, base))
     report = study.report(results, preset, base)
     if not report.sections:
         return []
@@ -190,6 +195,27 @@ def write_report(
     for name, figure in report.figures.items():
         written += save(figure, folder / name)
     return written
+
+
+def _check_changed(
+    changed: Mapping[str, Any], name: str, study: Study, preset: Preset, base: Trial
+) -> None:
+    """Every setting changes some model of the study: none is what its models differ in."""
+
+    def models(trial: Trial) -> list[Trial]:
+        seeded = dataclasses.replace(trial, seed=0)
+        return [*study.trials(preset, seeded), *study.timed(preset, seeded)]
+
+    for field, value in changed.items():
+        usual = getattr(preset.base(name), field)
+        try:
+            without = models(dataclasses.replace(base, **{field: usual}))
+        except ValueError:  # another setting needs this one
+            continue
+        if value != usual and without == models(base):
+            raise ValueError(
+                f"set: '{field}={value}' changes nothing in {name}, which sets {field} itself"
+            )
 
 
 def _machine(results: Results) -> str:

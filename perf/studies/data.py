@@ -45,7 +45,7 @@ class _Order:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the data
     def _epoch(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
         return torch.randperm(self._count, generator=generator)
 
     def indices(self, step: int, rank: int, ranks: int) -> Tensor:

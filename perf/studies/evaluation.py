@@ -1,6 +1,7 @@
 """How good a trained model is: perplexity, bits per byte, recall, usage and KL (paper 4.2)."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ import pkm_triton as pkm
 
 from .data import IGNORED, Data
 from .training import mixed_precision
+
+_LARGEST = math.log(sys.float_info.max)
+"""The largest loss whose perplexity is a number."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def evaluate(model: nn.Module, data: Data, device: str = "cpu") -> Evaluation:
     ]
     return Evaluation(
         loss=mean,
-        perplexity=math.exp(mean),
+        perplexity=math.inf if mean > _LARGEST else math.exp(mean),
         bits_per_byte=loss / bytes_seen / math.log(2) if bytes_seen else math.nan,
         recall=math.nan if bytes_seen else recalled / sequences,
         usage=_mean([each.usage().item() for each in tracked]),

@@ -45,7 +45,7 @@ def report(results: Results, preset: Preset, base: Trial) -> Report:
     ]
     ours = markdown(["position", *numbers], lines)
     lines = [
-        published(_NAMES[name], paper.TABLE_3[name], ".1f" if scale > 1 else spec, scale)
+        published(_NAMES[name], paper.TABLE_3[name], spec if name == "kl" else ".1f", scale)
         for name, (spec, scale) in _FIGURES.items()
     ]
     theirs = markdown(["position", *(str(number) for number in range(1, 7))], lines)

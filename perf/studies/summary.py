@@ -100,6 +100,12 @@ class Results:
         found = [row for row in self.timed if row.trial == wanted]
         return found[-1] if found else None
 
+    def of(self, trials: Iterable[Trial]) -> "Results":
+        """The rows of these trials, whatever their seed, and all timings."""
+        wanted = {dataclasses.replace(trial, seed=0) for trial in trials}
+        kept = [row for row in self.trained if dataclasses.replace(row.trial, seed=0) in wanted]
+        return Results(kept, self.timed)
+
     @property
     def seeds(self) -> tuple[int, int]:
         """The fewest and the most seeds of a trial."""

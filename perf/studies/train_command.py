@@ -26,7 +26,7 @@ from .popularity import shares_of
 from .presets import PRESETS
 from .text import SOURCES, read_text
 from .training import Trainer
-from .trial import Trial, parse_settings
+from .trial import TEXT_FIELDS, Trial, parse_settings
 
 CHECKPOINT, MODEL, READS = "checkpoint.pt", "model.pt", "reads.csv"
 
@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FIELD=VALUE",
         help="change a size or a setting: "
-        + ", ".join(field.name for field in dataclasses.fields(Trial)),
+        + ", ".join(
+            field.name for field in dataclasses.fields(Trial) if field.name not in TEXT_FIELDS
+        ),
     )
     parser.add_argument(
         "--text",
@@ -78,6 +80,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.preset not in PRESETS:
         raise ValueError(f"preset: {arguments.preset!r} is unknown; allowed: {', '.join(PRESETS)}")
     trial = dataclasses.replace(PRESETS[arguments.preset].text, **parse_settings(arguments.set))
+    if trial.tuning:
+        raise ValueError(f"tuning: {trial.tuning!r} is what pkm-perf study forgetting does")
+    if not arguments.checkpoint_seconds >= 0:
+        raise ValueError(
+            f"checkpoint-seconds: {arguments.checkpoint_seconds} is not allowed; at least 0"
+        )
     device = resolve_device(arguments.device)
     before = torch.get_num_threads()
     threads = before if arguments.threads is None else check_threads(arguments.threads)
@@ -120,7 +128,10 @@ def _train(arguments: argparse.Namespace, trial: Trial, device: str, ranks: Rank
 def _tell(
     figures: dict[str, float], shares: list[tuple[float, float]] | None, folder: Path
 ) -> None:
-    known = {name: value for name, value in figures.items() if not math.isnan(value)}
+    # What does not exist is NaN; a loss that is has diverged.
+    known = {
+        name: value for name, value in figures.items() if name == "loss" or not math.isnan(value)
+    }
     print("test set: " + ", ".join(f"{name} {value:.4g}" for name, value in known.items()))
     print(folder / MODEL)
     if shares is not None:

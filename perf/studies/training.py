@@ -279,11 +279,14 @@ class Progress:
             return
         seconds = max(self._clock() - self._time, 1e-9)
         parts = [f"step {trainer.step}/{trial.steps}", f"loss {loss:.4f}"]
-        _, targets = trainer.data.batch(trainer.step - 1)
-        num_bytes = trainer.data.num_bytes(targets)
+        tokens = steps * trial.batch * trial.context
+        num_bytes = sum(
+            trainer.data.num_bytes(trainer.data.batch(step)[1])
+            for step in range(self._step, trainer.step)
+        )
         if num_bytes:
-            parts.append(f"{loss * targets.numel() / num_bytes / math.log(2):.4f} bits/byte")
-        parts.append(f"{steps * trial.batch * trial.context / seconds:,.0f} tokens/s")
+            parts.append(f"{loss * tokens / num_bytes / math.log(2):.4f} bits/byte")
+        parts.append(f"{tokens / seconds:,.0f} tokens/s")
         if usages:
             usage = sum(each.usage().item() for each in usages) / len(usages)
             kl = sum(each.kl().item() for each in usages) / len(usages)

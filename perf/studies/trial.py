@@ -199,6 +199,8 @@ class Trial:
         return dataclasses.replace(self, **{name: defaults[name] for name in names})
 
 
+TEXT_FIELDS = ("text", "text_size", "text_sha256")
+"""What the text itself tells."""
 _MEMORY = (
     "memory_layers",
     "interleave",
@@ -213,9 +215,7 @@ _MEMORY = (
     "softmax",
 )
 _NOT_ARCHITECTURE = (
-    "text",
-    "text_size",
-    "text_sha256",
+    *TEXT_FIELDS,
     "steps",
     "warmup",
     "lr",
@@ -244,6 +244,8 @@ def parse_settings(words: Iterable[str]) -> dict[str, Any]:
         ValueError: a field is unknown, or a value is not of its type.
     """
     kinds = {field.name: field.type for field in dataclasses.fields(Trial)}
+    for found in TEXT_FIELDS:
+        del kinds[found]
     yes_no = {"yes": True, "no": False}
     settings: dict[str, Any] = {}
     for word in words:

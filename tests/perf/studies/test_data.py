@@ -71,6 +71,11 @@ def test_every_window_is_trained_on_once_an_epoch_in_an_order_of_its_own(trial, 
     assert not torch.equal(other.batch(0)[0], data.batch(0)[0])
 
 
+def test_the_largest_seed_has_an_order_too(trial, text):
+    data = make_data(dataclasses.replace(trial, seed=2**63 - 1), text)
+    assert data.batch(0)[0].shape == (trial.batch, trial.context)
+
+
 def test_ranks_share_a_batch(trial, text):
     data = TextData(trial, text)
     whole = data.batch(3)

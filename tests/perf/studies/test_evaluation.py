@@ -60,6 +60,15 @@ def test_several_memories_are_averaged_and_none_is_nan(trial, text):
     assert math.isnan(found.reads_per_slot)
 
 
+def test_a_loss_past_all_perplexities_is_a_figure_too(trial, text):
+    trainer = Trainer(trial, make_data(trial, text))
+    with torch.no_grad():
+        trainer.model.output_norm.weight.mul_(1e5)
+    found = evaluate(trainer.model, trainer.data)
+    assert 710 < found.loss < math.inf
+    assert found.perplexity == math.inf
+
+
 def test_recall_counts_facts_of_which_both_symbols_are_right(fact_trial):
     data = make_data(fact_trial, None)
     facts = torch.cat([torch.cat([i, t[:, -1:]], dim=1) for i, t in data.test_batches()])

@@ -123,6 +123,26 @@ def test_the_table_has_the_rows_figures_beside_the_papers(tmp_path):
     assert "no memory, " in ours
 
 
+def test_a_report_is_of_the_text_and_the_seeds_that_are_asked_for(tmp_path):
+    preset, study = PRESETS["tiny"], STUDIES["position"]
+
+    def trained(text, seed, steps=6):
+        base = dataclasses.replace(
+            preset.text, text=text, text_sha256=text, text_size=1, seed=seed, steps=steps
+        )
+        return [a_row(trial, perplexity=len(text)) for trial in study.trials(preset, base)]
+
+    rows = [*trained("one", 0), *trained("one", 1), *trained("three", 0), *trained("three", 1, 7)]
+    for text, seeds in (("one", "2 seeds a point"), ("three", "1 seed a point")):
+        base = dataclasses.replace(preset.text, text=text, text_sha256=text, text_size=1)
+        write_report(study, Results(rows, []), preset, base, tmp_path)
+        table = (tmp_path / "table.md").read_text()
+        assert f"Text: {text}, 0.0 MB. {seeds}." in table
+        assert f"Text: {text}, 1 bytes" in table
+        assert cells_of_first(table, "perplexity")[0].startswith(f"{len(text)}.00")
+    assert cells(table.partition("own:")[2], "perplexity")[0] == "21.5"
+
+
 def test_a_cell_is_the_mean_over_seeds(trial):
     cell = Cell([a_row(trial, perplexity=10.0), a_row(trial, perplexity=20.0)])
     assert cell.mean("perplexity") == 15
@@ -198,6 +218,12 @@ TINY = ["--preset", "tiny", "--device", "cpu", "--threads", "1"]
         (["keys", "--set", "speed=9"], "set: 'speed=9' is not allowed"),
         (["keys", "--set", "memory_layers=9"], "memory_layers: layer 9 does not exist"),
         (["forgetting", "--set", "tuning_facts=0"], "tuning_facts: 0 is too small"),
+        (["keys", "--set", "text=novel"], "set: 'text=novel' is not allowed"),
+        (["keys", "--set", "steps=9", "seed=4"], "set: 'seed=4' changes nothing in keys"),
+        (["memory-size", "--set", "num_subkeys=6"], "'num_subkeys=6' changes nothing in memory-s"),
+        (["memory-size", "--set", "query_norm=none"], "'query_norm=none' changes nothing in memo"),
+        (["position", "--set", "memory_layers=1"], "'memory_layers=1' changes nothing in positio"),
+        (["curves", "--set", "steps=9"], "set: 'steps=9' changes nothing in curves, which sets"),
         (["keys", "--text", "/nowhere"], "text: '/nowhere' is neither"),
     ],
 )

@@ -35,6 +35,30 @@ def test_ctrl_c_says_whether_there_is_a_checkpoint(source, tmp_path, capsys, mon
     assert f"Stopped; the same command {expected}" in error
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--checkpoint-seconds", "-3"], "checkpoint-seconds: -3.0 is not allowed; at least 0"),
+        (["--checkpoint-seconds", "nan"], "checkpoint-seconds: nan is not allowed"),
+        (["--set", "text=novel"], "set: 'text=novel' is not allowed; give FIELD=VALUE, of task, t"),
+        (
+            ["--set", "task=facts", "facts=9", "tuning_facts=9", "tuning=all"],
+            "tuning: 'all' is what pkm-perf study forgetting does",
+        ),
+    ],
+)
+def test_what_a_training_would_pass_over_is_refused(source, tmp_path, capsys, changed, message):
+    assert main([*TRAIN, source, "--output", str(tmp_path / "out"), *changed]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_training_that_diverged_says_so(source, tmp_path, capsys):
+    command = [*TRAIN, source, "--output", str(tmp_path / "out"), "--set", "steps=12"]
+    assert main([*command, "lr=1e6", "value_lr=1e6"]) == 0
+    assert "test set: loss nan, usage" in capsys.readouterr().out
+
+
 def test_a_finished_training_is_extended_by_asking_for_more_steps(source, tmp_path, capsys):
     command = [*TRAIN, source, "--output", str(tmp_path / "out"), "--set"]
     assert main([*command, "steps=4"]) == 0

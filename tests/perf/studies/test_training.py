@@ -4,6 +4,7 @@ import errno
 import io
 import math
 import os
+import re
 
 import pytest
 import torch
@@ -236,6 +237,19 @@ def test_the_progress_line_has_true_figures(make_trainer, monkeypatch):
     assert f"usage {usage.usage().item():.1%}, KL {usage.kl().item():.2f}" in line
     assert "tokens/s" in line
     assert memory.usages == []
+
+
+def test_bits_per_byte_are_of_the_bytes_of_all_steps_of_a_line(make_trainer):
+    trainer = make_trainer(steps=3)
+    data, output = trainer.data, io.StringIO()
+    data._lengths = torch.arange(256)  # as of tokens of many lengths
+    trainer.run(output=output)
+    found = re.search(r"loss ([0-9.]+)  ([0-9.]+) bits/byte", output.getvalue())
+    loss, bits = float(found[1]), float(found[2])
+    targets = [data.batch(step)[1] for step in range(3)]
+    num_bytes = sum(int(each.sum()) for each in targets)
+    tokens = sum(each.numel() for each in targets)
+    assert bits == pytest.approx(loss * tokens / num_bytes / math.log(2), abs=1e-4)
 
 
 def test_facts_train_too(fact_trial):
