@@ -14,6 +14,7 @@ from pathlib import Path
 from .shapes import Shape
 
 _WORKER = Path(__file__).with_name("worker.py")
+_FOLDERS = ("kernels", "reference", "perf")
 _TURN_SECONDS = 0.05
 
 
@@ -71,6 +72,16 @@ class _Worker:
                 pipe.close()
 
 
+def require_checkout(folder: Path) -> None:
+    """`folder` is a checkout of this project.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not all((folder / name).is_dir() for name in ("pkm_triton", *_FOLDERS)):
+        raise ValueError(f"base: {str(folder)!r} is no checkout of pkm_triton")
+
+
 @contextlib.contextmanager
 def laid_out(checkout: Path) -> Iterator[Path]:
     """A folder in which a checkout's folders have the one import name they are installed under.
@@ -78,15 +89,13 @@ def laid_out(checkout: Path) -> Iterator[Path]:
     Raises:
         ValueError: it is no checkout of this project.
     """
-    folders = ("kernels", "reference", "perf")
-    if not all((checkout / name).is_dir() for name in ("pkm_triton", *folders)):
-        raise ValueError(f"base: {str(checkout)!r} is no checkout of pkm_triton")
+    require_checkout(checkout)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "pkm_triton"
         package.mkdir()
         for path in (checkout / "pkm_triton").resolve().iterdir():
             (package / path.name).symlink_to(path)
-        for name in folders:
+        for name in _FOLDERS:
             (package / name).symlink_to((checkout / name).resolve())
         yield Path(folder)
 

@@ -5,6 +5,7 @@ op must move at least is counted by the formula that is printed.
 """
 
 import argparse
+import math
 import statistics
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from pkm_triton.perf.check.run import do
 from pkm_triton.perf.measure import roofline
 from pkm_triton.perf.records.environment import check_threads, resolve_device
 
-from .checkouts import Timed, time_checkouts
+from .checkouts import Timed, require_checkout, time_checkouts
 from .shapes import OPS, SHAPES, Shape, parse_shape
 
 
@@ -50,11 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"op: {name!r} is unknown; allowed: {', '.join(OPS)}")
     device = resolve_device(arguments.device)
     shape = parse_shape(arguments.shape or ("usual" if device == "cuda" else "tiny"), arguments.set)
-    if not arguments.seconds > 0:
+    if not 0 < arguments.seconds < math.inf:
         raise ValueError(f"seconds: {arguments.seconds} is not allowed; give a number above 0")
     threads = torch.get_num_threads()
     if arguments.threads is not None:
         threads = check_threads(arguments.threads)
+    if arguments.base is not None:
+        require_checkout(arguments.base)
     wrong = _failures(name, device)
     if wrong:
         print(f"{name} is not timed, for it is wrong: {'; '.join(wrong)}")
@@ -63,7 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
     found = time_checkouts(
         bases, name, shape, device=device, threads=threads, seconds=arguments.seconds
     )
-    print(report(name, shape, found, roofline.copied_here(device)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        print(report(name, shape, found, roofline.copied_here(device)))
+    finally:
+        torch.set_num_threads(before)
     return 0
 
 

@@ -79,9 +79,11 @@ class Op:
         subkeys = s * shape.heads * shape.num_subkeys * shape.query_dim
         keys = s * shape.heads * shape.num_slots * shape.query_dim
         output = s * shape.tokens * shape.value_dim
-        # A slot that is read again may come from a cache: at most so many rows.
-        rows = s * min(reads, shape.num_slots) * shape.value_dim
-        table = s * shape.num_slots * shape.value_dim
+        # A slot that is read again may come from a cache: so many rows, of slots drawn evenly.
+        slots = shape.num_slots
+        rows = s * round(slots - slots * (1 - 1 / slots) ** reads) * shape.value_dim
+        every = s * min(reads, slots) * shape.value_dim
+        table = s * slots * shape.value_dim
         return {
             "product_key_topk": queries + subkeys + 8 * reads,
             "product_key_topk_gradient": 2 * (queries + subkeys) + 8 * reads,
@@ -93,30 +95,31 @@ class Op:
             "sample_values": rows + output + 8 * reads,
             "scatter_values": table + output + 8 * reads,
             # The gradient in; the parameter and two float32 moments in and out.
-            "sparse_adam": rows + 2 * rows + 16 * rows // s,
+            "sparse_adam": every + 2 * every + 16 * every // s,
             "scatter_adam": output + 8 * reads + 2 * rows + 16 * rows // s,
         }[name]
 
 
+_DISTINCT = "K · (1 - (1 - 1 / K)^(T · R))"
 OPS = {
     "product_key_topk": Op("queries + sub-keys + 8 · T · R", "Lookup: product"),
     "product_key_topk_gradient": Op("2 · (queries + sub-keys) + 8 · T · R", "gradients, product"),
     "flat_key_topk": Op("queries + keys + 8 · T · R", ", flat"),
     "flat_key_topk_gradient": Op("2 · (queries + keys) + 8 · T · R", "gradients, flat"),
-    "gather_values": Op("min(T · R, K) rows + output + 8 · T · R", "Gather: T="),
+    "gather_values": Op(f"{_DISTINCT} rows + output + 8 · T · R", "Gather: T="),
     "gather_values_dense_gradient": Op(
-        "min(T · R, K) rows + table + output + 12 · T · R", "dense gradient"
+        f"{_DISTINCT} rows + table + output + 12 · T · R", "dense gradient"
     ),
     "gather_values_sparse_gradient": Op(
-        "2 · min(T · R, K) rows + output + 12 · T · R", "sparse gradient"
+        f"2 · {_DISTINCT} rows + output + 12 · T · R", "sparse gradient"
     ),
-    "sample_values": Op("min(T · R, K) rows + tokens + 8 · T · R", "Sample: "),
+    "sample_values": Op(f"{_DISTINCT} rows + tokens + 8 · T · R", "Sample: "),
     "scatter_values": Op("table + tokens + 8 · T · R", "Scatter: "),
     "sparse_adam": Op(
         "min(T · R, K) rows, 3 times in their dtype and 4 times in float32", "sparse gradient"
     ),
     "scatter_adam": Op(
-        "min(T · R, K) rows, twice in their dtype and 4 times in float32, + output + 8 · T · R",
+        f"{_DISTINCT} rows, twice in their dtype and 4 times in float32, + output + 8 · T · R",
         "factored gradient",
     ),
 }

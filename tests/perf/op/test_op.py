@@ -4,6 +4,8 @@ import torch
 from pkm_triton.perf.__main__ import main
 from pkm_triton.perf.check import planning
 from pkm_triton.perf.check.outcome import Check, Outcome
+from pkm_triton.perf.measure import roofline
+from pkm_triton.perf.op import command
 from pkm_triton.perf.op.checkouts import Timed
 from pkm_triton.perf.op.command import report
 from pkm_triton.perf.op.shapes import OPS, Shape, parse_shape
@@ -59,10 +61,14 @@ def test_an_op_that_is_wrong_is_not_timed(capsys, monkeypatch):
         (["gather_values", "--set", "dtype=int8"], "dtype: 'int8' is unknown"),
         (["product_key_topk", "--set", "query_dim=7"], "query_dim: 7 is odd"),
         (["gather_values", "--seconds", "0"], "seconds: 0.0 is not allowed"),
+        (["gather_values", "--seconds", "inf"], "seconds: inf is not allowed"),
         (["gather_values", "--base", "/nowhere"], "base: '/nowhere' is no checkout"),
     ],
 )
-def test_a_mistake_is_one_clear_line(arguments, message, capsys):
+def test_a_mistake_is_one_clear_line_before_anything_is_run(
+    arguments, message, capsys, monkeypatch
+):
+    monkeypatch.setattr(planning, "make_checks", None)
     assert main(["op", *arguments, "--device", "cpu"]) == 2
     assert message in capsys.readouterr().err
 
@@ -71,7 +77,9 @@ def test_bytes_are_those_of_the_tensors():
     shape = Shape(5, 2, 8, 4, 3, 24, "bfloat16")
     query, subkeys = torch.empty(5, 2, 4).bfloat16(), torch.empty(2, 2, 8, 2).bfloat16()
     scores, slots = torch.empty(5, 2, 3), torch.empty(5, 2, 3, dtype=torch.int32)
-    out, rows = torch.empty(5, 24).bfloat16(), torch.empty(30, 24).bfloat16()
+    # 30 reads of 64 slots drawn evenly find 64 · (1 - (63 / 64)^30) = 24.1 different ones.
+    out, rows = torch.empty(5, 24).bfloat16(), torch.empty(24, 24).bfloat16()
+    every = torch.empty(30, 24).bfloat16()
     table, keys = torch.empty(64, 24).bfloat16(), torch.empty(2, 64, 4).bfloat16()
     expected = {
         "product_key_topk": (query, subkeys, scores, slots),
@@ -83,7 +91,7 @@ def test_bytes_are_those_of_the_tensors():
         "flat_key_topk_gradient": (query, keys, query, keys, scores, slots),
         "sample_values": (rows, out, scores, slots),
         "scatter_values": (table, out, scores, slots),
-        "sparse_adam": (*[rows] * 3, *[rows.float()] * 4),
+        "sparse_adam": (*[every] * 3, *[every.float()] * 4),
         "scatter_adam": (out, scores, slots, *[rows] * 2, *[rows.float()] * 4),
     }
     assert set(expected) == set(OPS)
@@ -104,6 +112,20 @@ def test_the_report_has_medians_rates_and_their_ratio():
         "the copy, first call 1.50 s"
     )
     assert lines[4] == "this checkout / base: 0.500"
+
+
+def test_the_copy_has_the_threads_of_the_op(monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "check_threads", lambda threads: threads)
+    monkeypatch.setattr(command, "_failures", lambda *_: [])
+    monkeypatch.setattr(command, "time_checkouts", lambda *_, **__: [Timed(1.0, [1.0])])
+    monkeypatch.setattr(
+        roofline, "copied_here", lambda device: seen.append(torch.get_num_threads()) or 1e9
+    )
+    before = torch.get_num_threads()
+    assert main(["op", "gather_values", "--device", "cpu", "--threads", str(before + 1)]) == 0
+    assert seen == [before + 1]
+    assert torch.get_num_threads() == before
 
 
 def test_the_commit_is_that_of_the_checkout():
