@@ -67,17 +67,23 @@ def gather_bytes(point: Point, distinct: int) -> int:
 
 
 def step_bytes(point: Point, distinct: int) -> int:
-    """Adam: gradient in; parameter and both moments, of 4 bytes an element, in and out."""
+    """Adam: gradient in; parameter and both moments in and out.
+
+    Moments have the parameter's dtype, as torch's; in `pkm.optim.SparseAdam` at least 4 bytes.
+    """
     width = point.heads * point.query_dim
     keys = width * (point.num_subkeys if point.keys == "product" else point.num_slots)
     values = (distinct if point.sparse_grad else point.num_slots) * point.value_dim
-    elements = keys + point.dim * width + values
+    others = keys + point.dim * width
+    elements = others + values
     gradients = elements
+    own = point.implementation == "pkm_triton" and point.sparse_grad
+    moments = others * point.itemsize + values * (max(4, point.itemsize) if own else point.itemsize)
     if point.pass_name == "fused-step":
         # Of the values the factors are read: the output's gradient, slots and weights.
         reads = point.tokens * point.heads * point.top_k
         gradients += point.tokens * point.value_dim + 2 * reads - values
-    return (point.itemsize * (gradients + 2 * elements) + 16 * elements) * point.steps
+    return (point.itemsize * (gradients + 2 * elements) + 4 * moments) * point.steps
 
 
 def moved_bytes(point: Point, distinct: int) -> int:
@@ -102,9 +108,13 @@ def copy_bandwidth(device: str, num_bytes: int = 2**30) -> float:
     return 2 * num_bytes / _seconds(lambda: target.copy_(source), device)
 
 
-@functools.cache
 def copied_here(device: str) -> float:
-    """`copy_bandwidth`, measured once a process."""
+    """`copy_bandwidth`, measured once a process; on a CPU once for each number of threads."""
+    return _copied(device, 0 if device == "cuda" else torch.get_num_threads())
+
+
+@functools.cache
+def _copied(device: str, threads: int) -> float:
     return copy_bandwidth(device, 2**30 if device == "cuda" else 2**27)
 
 

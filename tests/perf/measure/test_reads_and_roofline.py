@@ -7,6 +7,7 @@ import torch
 
 from pkm_triton.perf.measure import roofline
 from pkm_triton.perf.measure.reads import TRAINED, generate_slots, read_shares, write_shares
+from pkm_triton.perf.measure.workload import Workload
 from pkm_triton.perf.records.points import Point
 
 
@@ -106,6 +107,19 @@ def test_the_lookups_share_is_its_bytes_over_what_the_device_could_move():
     assert roofline.lookup_share(POINT, 2.0, 1e9) == pytest.approx(moved / 2e6)
 
 
+def test_a_copy_is_measured_for_each_number_of_threads(monkeypatch):
+    monkeypatch.setattr(roofline, "copy_bandwidth", lambda *_: float(torch.get_num_threads()))
+    roofline._copied.cache_clear()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            assert roofline.copied_here("cpu") == threads
+    finally:
+        torch.set_num_threads(before)
+        roofline._copied.cache_clear()
+
+
 def test_a_cpu_has_no_roofline():
     assert roofline.bandwidth("cpu") is None
 
@@ -147,16 +161,42 @@ def test_backward_and_step_traffic_is_what_the_tensors_take(dtype, sparse_grad):
     backward = roofline.gather_bytes(point, 11) - roofline.gather_bytes(forward, 11)
     assert backward == nbytes(slots, weights, read, output, weights, written)
 
-    step = 0
-    for parameter in (weight, subkeys, written):
-        moment = torch.empty(parameter.shape, dtype=torch.float32)
-        gradient, reads_and_writes = parameter, 2
-        step += nbytes(gradient) + reads_and_writes * nbytes(parameter, moment, moment)
-    assert roofline.step_bytes(point, 11) == step
+    for implementation in ("pkm_triton", "textbook"):
+        step = 0
+        for parameter in (weight, subkeys, written):
+            dtype = point.torch_dtype
+            if implementation == "pkm_triton" and sparse_grad and parameter is written:
+                dtype = torch.promote_types(dtype, torch.float32)
+            moment = torch.empty(parameter.shape, dtype=dtype)
+            gradient, reads_and_writes = parameter, 2
+            step += nbytes(gradient) + reads_and_writes * nbytes(parameter, moment, moment)
+        other = dataclasses.replace(point, implementation=implementation)
+        assert roofline.step_bytes(other, 11) == step
     factors = dataclasses.replace(point, pass_name="fused-step", sparse_grad=True)
     less = roofline.step_bytes(dataclasses.replace(point, sparse_grad=True), 11)
     less -= roofline.step_bytes(factors, 11)
     assert less == nbytes(read) - nbytes(output) - 2 * nbytes(weights)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sparse_grad", [False, True])
+@pytest.mark.parametrize("implementation", ["pkm_triton", "textbook"])
+def test_the_traffic_of_a_step_has_the_moments_that_optimisers_keep(
+    dtype, sparse_grad, implementation
+):
+    point = Point(
+        implementation, num_subkeys=8, top_k=3, heads=2, dim=16, value_dim=24, query_dim=4,
+        query_norm="none", tokens=5, pass_name="step", sparse_grad=sparse_grad, dtype=dtype,
+    )  # fmt: skip
+    workload = Workload(point)
+    workload.whole.run()
+    states = [state for each in workload.whole._optimizers for state in each.state.values()]
+    moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+    parameters = [each for each in workload.memory.parameters() if each.ndim > 1]
+    # Of a table that is read whole; biases and norms are left out of the formula.
+    expected = sum(3 * each.nbytes for each in parameters)
+    expected += sum(2 * each.nbytes for each in moments if each.ndim > 1)
+    assert roofline.step_bytes(point, 64) == expected
 
 
 def test_the_datasheets_bandwidth_is_in_bytes_a_second(monkeypatch):
