@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 2 for a user's mistake and 1 for an error of the file system, each told
-        in one line on stderr.
+        The exit status: 2 for a user's mistake, 1 for an error of the file system and 130 for
+        Ctrl-C, each told in one line on stderr.
     """
     words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         return _complain(str(error), 2)
     except OSError as error:
         return _complain(str(error), 1)
+    except KeyboardInterrupt:
+        return _complain("stopped", 130)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith(__package__ or "pkm_triton"):
             raise

@@ -14,11 +14,21 @@ from pkm_triton.perf.compiled import kernel_report
 from pkm_triton.perf.measure import timing
 from pkm_triton.perf.records.environment import device_name
 from pkm_triton.perf.records.sweep_row import SCHEMA, read_rows
+from pkm_triton.perf.report import plot
 from pkm_triton.perf.sweep import command as sweep_command
 
 TINY = ["--preset", "quick", "--num-subkeys", "8", "16", "--dim", "16", "--query-dim", "8"]
 TINY += ["--tokens", "4", "--top-k", "1", "2", "3", "--heads", "2", "--seconds", "0.001"]
 TINY += ["--device", "cpu"]
+
+
+def test_ctrl_c_is_one_line_in_every_command(monkeypatch, capsys, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plot, "read_rows", interrupt)
+    assert main(["plot", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "pkm-perf: stopped\n"
 
 
 def test_a_sweep_ends_in_a_csv_tables_and_pictures(tmp_path, capsys):
