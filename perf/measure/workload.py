@@ -1,5 +1,6 @@
 """The passes of a point, ready to be run: a layer, its input, and each of its three parts."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -93,7 +94,10 @@ def _spread(point: Point, mesh: Any) -> OwnMemory:
 
 
 def build_optimizers(point: Point, memory: Memory) -> list[torch.optim.Optimizer]:
-    """One for the values, by the kind of their gradient, and Adam for the rest."""
+    """One for the values, by the kind of their gradient, and Adam for the rest.
+
+    Adam is the fused one: torch's default passes over the table once for each of its operations.
+    """
     if isinstance(memory, OwnMemory):
         values: Tensor = memory.layer.values
         sparse: Any = pkm.optim.SparseAdam
@@ -101,8 +105,8 @@ def build_optimizers(point: Point, memory: Memory) -> list[torch.optim.Optimizer
         layer: Any = memory.layer if isinstance(memory, PackageMemory) else memory
         values, sparse = layer.values.weight, torch.optim.SparseAdam
     rest = [parameter for parameter in memory.parameters() if parameter is not values]
-    kind = sparse if point.sparse_grad else torch.optim.Adam
-    return [kind([values]), torch.optim.Adam(rest)]
+    adam = functools.partial(torch.optim.Adam, fused=True)
+    return [sparse([values]) if point.sparse_grad else adam([values]), adam(rest)]
 
 
 class Pass:

@@ -56,7 +56,8 @@ def comparison(rows: Sequence[Row]) -> Figure | None:
     device = "" if "device_name" in apart else f"{first.device_name}; "
     add_caption(
         figure,
-        f"Ratios of medians of interleaved rounds: {describe(first, *_SHOWN, *apart)}. "
+        "Ratios of medians, of interleaved rounds where one run held the implementations in "
+        f"memory together: {describe(first, *_SHOWN, *apart)}. "
         f"{device}torch {first.torch_version}, pkm_triton {first.pkm_triton_version}. "
         f"{reliability(row for found in sets for row in found.values())}",
     )

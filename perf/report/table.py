@@ -172,8 +172,9 @@ def comparison_table(rows: Sequence[Row]) -> str | None:
     first = firsts[0]
     device = "" if "device_name" in apart else f"{first.device_name}; "
     caption = (
-        "Medians of interleaved rounds; a ratio above 1 means that pkm_triton is faster. Working "
-        "memory is the most that a pass allocates, the gradients it leaves aside. "
+        "Medians, of interleaved rounds where one run held the implementations in memory together; "
+        "a ratio above 1 means that pkm_triton is faster. Working memory is the most that a pass "
+        "allocates, the gradients it leaves aside. "
         f"{describe(first, *_COLUMNS, *apart)}. {device}torch {first.torch_version}, "
         f"pkm_triton {first.pkm_triton_version}. "
         f"{reliability(row for found in sets for row in found.values())}".rstrip()

@@ -107,7 +107,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--retry",
         action="store_true",
-        help="measure again the points that are not ok, or whose row carries a remark",
+        help="measure again the points that are not ok, or whose row carries a remark (with those "
+        "that it is compared with)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of parameters, inputs and reads")
     axes = parser.add_argument_group("axes", "each replaces that axis in every grid of the preset")

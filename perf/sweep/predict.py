@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from pkm_triton.perf.measure.timing import PATIENCE
+from pkm_triton.perf.records.environment import device_name
 from pkm_triton.perf.records.points import COMPILED, Point
 from pkm_triton.perf.records.sweep_row import Row, point_of
 
@@ -69,7 +70,7 @@ def predicted_sweep_seconds(points: Sequence[Point], seconds: float) -> tuple[fl
 def predicted_seconds(point: Point, rows: Iterable[Row]) -> float | None:
     """Time of one pass, from the nearest smaller memory measured on the same device.
 
-    Flat keys take time in proportion to the slots, product keys to |C| at most.
+    Flat keys and dense gradients take time in proportion to the slots, others to |C| at most.
 
     Returns:
         Seconds, or None where no smaller memory with otherwise equal parameters has been measured.
@@ -79,10 +80,12 @@ def predicted_seconds(point: Point, rows: Iterable[Row]) -> float | None:
         for row in rows
         if row.ok
         and row.num_subkeys < point.num_subkeys
+        and row.device_name == device_name(point.device)
         and dataclasses.replace(point, num_subkeys=row.num_subkeys) == point_of(row)
     ]
     if not smaller:
         return None
     nearest = max(smaller, key=lambda row: row.num_subkeys)
     growth = point.num_subkeys / nearest.num_subkeys
-    return nearest.median_ms / 1e3 * (growth**2 if point.keys == "flat" else growth)
+    whole_table = point.keys == "flat" or (point.backward and not point.sparse_grad)
+    return nearest.median_ms / 1e3 * (growth**2 if whole_table else growth)

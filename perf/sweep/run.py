@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class Limits:
         ):
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: {value} is not allowed; give a number above 0")
+        if self.seconds == math.inf:
+            raise ValueError("seconds: inf is not allowed; no point would ever be done")
 
 
 def run_sweep(
@@ -75,7 +78,8 @@ def run_sweep(
         points: what to measure.
         file: where rows are added.
         limits: what a point may take.
-        retry: whether to measure again those points whose row is not `ok` or carries a remark.
+        retry: whether to measure again those points whose row is not `ok` or carries a remark; with
+            the latter those that it is compared with.
         seed: of parameters, inputs and generated reads.
 
     Returns:
@@ -123,9 +127,14 @@ def open_points(
 ) -> list[Point]:
     """The points that are still to be measured (see `run_sweep`)."""
 
+    rows = {
+        point: file.get(point, device_name(point.device), seed, limits.seconds) for point in points
+    }
+    noted = {_shared(point) for point, row in rows.items() if row is not None and row.remark}
+
     def is_open(point: Point) -> bool:
-        row = file.get(point, device_name(point.device), seed, limits.seconds)
-        return row is None or (retry and (not row.ok or row.remark != ""))
+        row = rows[point]
+        return row is None or (retry and (not row.ok or _shared(point) in noted))
 
     return [point for point in points if is_open(point)]
 
@@ -134,9 +143,13 @@ def _groups(points: Sequence[Point]) -> Iterator[list[Point]]:
     """Points that differ in nothing but the implementation, together."""
     groups: dict[Point, list[Point]] = {}
     for point in points:
-        shared = dataclasses.replace(point, implementation=IMPLEMENTATIONS[0])
-        groups.setdefault(shared, []).append(point)
+        groups.setdefault(_shared(point), []).append(point)
     yield from groups.values()
+
+
+def _shared(point: Point) -> Point:
+    """The same of every implementation."""
+    return dataclasses.replace(point, implementation=IMPLEMENTATIONS[0])
 
 
 def _measure(

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from pkm_triton.perf.measure import timing
-from pkm_triton.perf.measure.workload import Workload
+from pkm_triton.perf.measure.workload import Workload, build_memory, build_optimizers
 from pkm_triton.perf.records.environment import device_name
 from pkm_triton.perf.records.points import Point
 from pkm_triton.perf.records.sweep_row import Row, RowFile, read_rows
 from pkm_triton.perf.sweep import run as sweep
 from pkm_triton.perf.sweep.predict import predicted_bytes, predicted_seconds
-from pkm_triton.perf.sweep.run import Limits, run_sweep
+from pkm_triton.perf.sweep.run import Limits, open_points, run_sweep
 
 TINY = {"num_subkeys": 8, "top_k": 4, "heads": 2, "dim": 16, "value_dim": 16, "query_dim": 8}
 TINY |= {"tokens": 6}
@@ -154,6 +154,19 @@ def test_rows_with_a_remark_are_measured_again_when_that_is_asked_for(file):
     file.add(a_row(**TINY, seconds=0.001, remark="busy: other processes took 3.0 of 2 cores"))
     assert run_sweep([Point(**TINY)], file, FAST) == 0
     assert run_sweep([Point(**TINY)], file, FAST, retry=True) == 1
+
+
+def test_what_an_unreliable_row_is_compared_with_is_measured_again_beside_it(file):
+    ours, textbook = Point(**TINY), Point(**TINY, implementation="textbook")
+    other = Point(**{**TINY, "top_k": 1})
+    file.add(
+        a_row(**TINY, seconds=0.001),
+        a_row(**TINY, seconds=0.001, implementation="textbook", remark="busy: x"),
+        a_row(**{**TINY, "top_k": 1}, seconds=0.001),
+    )
+    found = open_points([ours, textbook, other], file, FAST, 0, retry=True)
+    assert found == [ours, textbook]
+    assert open_points([ours, textbook, other], file, FAST, 0, retry=False) == []
 
 
 def test_measured_points_are_not_measured_again(file, monkeypatch):
@@ -368,6 +381,15 @@ def test_time_is_predicted_from_the_nearest_smaller_memory():
     assert predicted_seconds(Point(keys="flat", num_subkeys=512), rows) == pytest.approx(0.4)
     assert predicted_seconds(Point(num_subkeys=512), rows) == pytest.approx(0.2)
     assert predicted_seconds(Point(num_subkeys=128), rows) is None
+    elsewhere = [dataclasses.replace(row, device_name="another CPU") for row in rows]
+    assert predicted_seconds(Point(num_subkeys=512), elsewhere) is None
+
+
+@pytest.mark.parametrize(("sparse_grad", "seconds"), [(False, 0.4), (True, 0.2)])
+def test_a_dense_gradient_is_predicted_to_take_time_by_slots(sparse_grad, seconds):
+    trained = {"pass_name": "forward+backward", "sparse_grad": sparse_grad}
+    rows = [a_row(num_subkeys=256, **trained)]
+    assert predicted_seconds(Point(num_subkeys=512, **trained), rows) == pytest.approx(seconds)
 
 
 def test_a_point_predicted_to_be_slow_is_skipped(file):
@@ -390,6 +412,20 @@ def test_a_point_predicted_to_be_slow_is_skipped(file):
 def test_limits_are_above_zero(name, changes):
     with pytest.raises(ValueError, match=f"{name}: .* number above 0"):
         Limits(**changes)
+
+
+def test_no_point_is_timed_for_ever():
+    with pytest.raises(ValueError, match="seconds: inf is not allowed"):
+        Limits(seconds=float("inf"))
+    assert Limits(pass_seconds=float("inf")).pass_seconds > 1e9
+
+
+@pytest.mark.parametrize("implementation", ["pkm_triton", "textbook"])
+def test_adam_is_the_fused_one(implementation):
+    point = Point(**TINY, implementation=implementation, pass_name="step")
+    for optimiser in build_optimizers(point, build_memory(point)):
+        assert type(optimiser) is torch.optim.Adam
+        assert optimiser.defaults["fused"]
 
 
 def test_a_killed_sweep_keeps_every_row_and_goes_on(tmp_path):
