@@ -138,7 +138,8 @@ def _spread(samples: Sequence[_Sample]) -> float:
 
 def _timing(samples: Sequence[_Sample], others: float, threads: int) -> Timing:
     low, median, high = (1e3 * value for value in _quantiles(samples))
-    cpu = torch.tensor([sample.cpu for sample in samples], dtype=torch.float64).median().item()
+    # Not `median`, which takes the lower of the two in the middle.
+    cpu = torch.tensor([sample.cpu for sample in samples], dtype=torch.float64).quantile(0.5).item()
     remark = _remark(others, (high - low) / median, threads)
     return Timing(median, low, high, len(samples), cpu * 1e3, others, remark)
 

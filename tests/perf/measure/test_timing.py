@@ -73,6 +73,11 @@ def test_figures_are_of_the_timed_passes_alone_in_milliseconds(clock):
     assert found.cpu_ms == pytest.approx(2 * found.median_ms)
 
 
+def test_medians_of_two_lie_in_the_middle(clock):
+    found = timing.time_so_often(FakePass(clock, "a", 1.0, 3.0), 2, "cpu")
+    assert (found.median_ms, found.cpu_ms) == (2000, 2000)
+
+
 def test_percentiles_are_the_20th_and_the_80th(clock):
     run = FakePass(clock, "a", 1.0, 10.0, 20.0, 30.0, 40.0, 50.0, 1.0)
     (found,) = time_passes([run], seconds=50.0)  # three times 50 s is what the five take
