@@ -184,7 +184,7 @@ def write_report(
         base = dataclasses.replace(
             base, text=last.text, text_size=last.text_size, text_sha256=last.text_sha256
         )
-    results = results.of(study.trials(preset, base))
+    results = results.of(study.trials(preset, base), study.timed(preset, base))
     report = study.report(results, preset, base)
     if not report.sections:
         return []

@@ -117,8 +117,13 @@ class TimedRow(Trial):
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes a row unique: its architecture, the call, the device and the time spent."""
-        call = (self.sequences, self.threads, self.device_name, self.vocab_size)
-        return (*self.trial.key, *call, self.rounds, self.seconds)
+        return (*self.trial.key, *self.call)
+
+    @property
+    def call(self) -> tuple[Any, ...]:
+        """What was called, where and how long: speeds of one table share it."""
+        size = (self.sequences, self.threads, self.device_name, self.vocab_size)
+        return (*size, self.rounds, self.seconds)
 
     def problem(self) -> str | None:
         """Why these figures cannot have been measured, or None."""

@@ -100,11 +100,16 @@ class Results:
         found = [row for row in self.timed if row.trial == wanted]
         return found[-1] if found else None
 
-    def of(self, trials: Iterable[Trial]) -> "Results":
-        """The rows of these trials, whatever their seed, and all timings."""
+    def of(self, trials: Iterable[Trial], timed: Iterable[Trial]) -> "Results":
+        """The rows of these trials, whatever their seed, and the last timings of these models.
+
+        Of several calls (device, threads, tokens) all timings are of the last.
+        """
         wanted = {dataclasses.replace(trial, seed=0) for trial in trials}
         kept = [row for row in self.trained if dataclasses.replace(row.trial, seed=0) in wanted]
-        return Results(kept, self.timed)
+        models = {trial.architecture() for trial in timed}
+        rows = [row for row in self.timed if row.trial in models]
+        return Results(kept, [row for row in rows if row.call == rows[-1].call])
 
     @property
     def seeds(self) -> tuple[int, int]:

@@ -82,6 +82,7 @@ def time_models(
             parameters[place] = sum(each.numel() for each in model.parameters())
             tokens = torch.randint(vocab_size, (sequences, trial.context), device=device)
             run = Pass(_Inference(model, device), [tokens], backward=False)
+            run.run()  # else the first call of a slow model would be all that is timed of it
             (timing,) = time_passes([run], seconds=seconds, device=device, min_samples=1)
             medians[place].append(timing.median_ms)
             del model, run

@@ -133,7 +133,7 @@ class Trainer:
         while self.step < end:
             loss = self.train_step()
             self.seconds = spent + clock() - started
-            if self.step > self.trial.steps - max(1, self.trial.steps // 10):
+            if self.step > self._tenth():
                 self._losses.append(loss)
             progress.add(loss)
             if checkpoint is not None and self.ranks.any(clock() - saved >= checkpoint_seconds):
@@ -174,15 +174,25 @@ class Trainer:
             ValueError: the file is broken, of another trial, or further on than the trial goes.
         """
         saved = checkpoints.Saved(path, self.ranks)
-        extended = self._check(saved.about, saved.path)
+        self._check(saved.about, saved.path)
         saved.restore(self.model, self._optimisers)
         self.step = saved.about["step"]
         self.seconds = saved.about["seconds"]
-        losses = [] if extended else saved.about["losses"]  # those of the last tenth
-        self._losses = [torch.as_tensor(loss, device=self.device) for loss in losses]
+        self._losses = [
+            torch.as_tensor(loss, device=self.device) for loss in self._of_tenth(saved.about)
+        ]
 
-    def _check(self, about: dict[str, Any], path: Path) -> bool:
-        """Check what a checkpoint is of; returns whether the trial has another number of steps."""
+    def _tenth(self) -> int:
+        """The step after which the last tenth begins."""
+        return self.trial.steps - max(1, self.trial.steps // 10)
+
+    def _of_tenth(self, about: dict[str, Any]) -> list[float]:
+        """A checkpoint's losses of this trial's last tenth; NaN where it was not its own's yet."""
+        made, losses = max(0, about["step"] - self._tenth()), about["losses"]
+        return [math.nan] * (made - len(losses)) + losses[len(losses) - min(made, len(losses)) :]
+
+    def _check(self, about: dict[str, Any], path: Path) -> None:
+        """Check what a checkpoint is of; the trial may have another number of steps."""
         ours, theirs = dataclasses.asdict(self.trial), about["trial"]
         different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
         step = about["step"]
@@ -202,7 +212,6 @@ class Trainer:
                     for name in different
                 )
             )
-        return extended
 
 
 def make_optimisers(model: nn.Module, trial: Trial) -> list[torch.optim.Optimizer]:

@@ -329,6 +329,25 @@ def test_train_saves_a_model_that_loads(source, tmp_path, capsys):
     assert main(["train", "--preset", "huge"]) == 2
 
 
+def test_speeds_of_a_table_are_of_one_call(tmp_path):
+    preset, study = PRESETS["tiny"], STUDIES["depth"]
+    shallow, *_, deep = study.timed(preset, preset.text)
+
+    def timed(trial, rate, threads):
+        fields = dataclasses.asdict(trial.architecture()) | {"threads": threads}
+        times = {"median_ms": 1.0, "low_ms": 1.0, "high_ms": 1.0, "tokens_per_s": rate}
+        return TimedRow(**fields, **times, device_name="some CPU")
+
+    other = dataclasses.replace(deep, dim=8, layers=9)
+    rows = [timed(shallow, 11.0, 1), timed(shallow, 22.0, 2), timed(deep, 33.0, 1)]
+    write_report(study, Results([], [*rows, timed(other, 44.0, 4)]), preset, preset.text, tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "| 11 |" in table
+    assert "| 33 |" in table
+    assert "22" not in table
+    assert "Timed on some CPU, 1 thread, " in table
+
+
 def test_timed_rows_stand_in_the_tables(tmp_path):
     preset, study = PRESETS["tiny"], STUDIES["depth"]
     rows = [a_row(trial) for trial in study.trials(preset, preset.text)]

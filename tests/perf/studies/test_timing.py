@@ -42,6 +42,24 @@ def test_every_architecture_is_timed_once_in_every_round(trial, file, monkeypatc
     assert time_models(trials, file, **{**CALL, "sequences": 3}, progress=lambda _: None) == 2
 
 
+def test_a_model_is_warm_when_it_is_timed_however_slow(trial, file, monkeypatch):
+    calls = []
+    call = timing._Inference.__call__
+    monkeypatch.setattr(
+        timing._Inference, "__call__", lambda *given: (calls.append(""), call(*given))[1]
+    )
+    time = timing.time_passes
+
+    def spy(*given, **options):
+        assert calls
+        calls.clear()
+        return time(*given, **options)
+
+    monkeypatch.setattr(timing, "time_passes", spy)
+    # So little time that the first call alone would be timed.
+    assert time_models([trial], file, **{**CALL, "seconds": 1e-9}, progress=lambda _: None) == 1
+
+
 @pytest.mark.parametrize("keys", ["product", "flat"])
 def test_the_random_model_is_the_trials_and_computes_numbers(trial, keys):
     trial = dataclasses.replace(trial, keys=keys, norm="post")

@@ -174,6 +174,24 @@ def test_a_finished_run_goes_on_when_more_steps_are_asked_for(make_trainer, tmp_
         make_trainer(steps=4).run(path)
 
 
+@pytest.mark.parametrize("longer", [20, 21])
+def test_an_extended_run_has_the_training_loss_of_one_in_one_go(make_trainer, tmp_path, longer):
+    path = tmp_path / "checkpoint.pt"
+    short = make_trainer(steps=19)
+    short.run(output=io.StringIO())
+    short.save(path)
+    goes_on = make_trainer(steps=longer).run(path, output=io.StringIO())
+    assert goes_on == make_trainer(steps=longer).run(output=io.StringIO())
+
+
+def test_a_training_loss_that_was_not_kept_is_not_known(make_trainer, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    make_trainer(steps=60).run(path, stop_at=19, output=io.StringIO())
+    shorter = make_trainer(steps=20)
+    assert math.isnan(shorter.run(path, output=io.StringIO()))
+    assert shorter.step == 20
+
+
 @pytest.mark.parametrize("step", [-1, 7, 2.0, True, None])
 def test_a_checkpoint_with_an_impossible_step_is_refused(make_trainer, tmp_path, step):
     path = tmp_path / "checkpoint.pt"
