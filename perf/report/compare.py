@@ -8,6 +8,7 @@ from pathlib import Path
 from pkm_triton.perf.records.sweep_row import Row, csv_path, point_of, read_rows
 
 from .plot_style import number
+from .slices import reliability
 from .table import markdown
 
 
@@ -56,11 +57,12 @@ def comparison(first: Sequence[Row], second: Sequence[Row]) -> str:
     ]
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     table = markdown(["point", "A (ms)", "B (ms)", "time B / A", "memory B / A"], lines)
-    only = len(first) + len(second) - 2 * len(pairs)
+    others = len({(point_of(row), row.seed) for row in (*first, *second)}) - len(pairs)
     return (
         f"{table}\n\n{len(pairs)} points in both, geometric mean of B / A: {mean:.3f}; "
-        f"{only} rows in one file only or not measured."
-    )
+        f"{others} others in one file only or not measured. "
+        f"{reliability(row for pair in pairs for row in pair)}"
+    ).rstrip()
 
 
 def _describe(row: Row) -> str:

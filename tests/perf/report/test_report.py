@@ -273,7 +273,12 @@ def test_compare_takes_ratios_over_common_points():
     lines = text.splitlines()
     assert lines[2].endswith("| 10.0 | 20.0 | 2.000 | 0.500 |")
     assert lines[3].endswith("| 8.00 | 4.00 | 0.500 | 1.000 |")
-    assert "2 points in both, geometric mean of B / A: 1.000; 3 rows" in lines[-1]
+    assert "2 points in both, geometric mean of B / A: 1.000; 2 others in one" in lines[-1]
+    # A point that was measured for two lengths of time is one; what is not to be relied on is told.
+    longer = [dataclasses.replace(row, seconds=9.0, remark="busy: x") for row in second[:2]]
+    last = compare.comparison(first, [*second, *longer]).splitlines()[-1]
+    assert "; 2 others in one" in last
+    assert last.endswith("Not to be relied on: 2 of 4 times (busy: x).")
     with pytest.raises(ValueError, match="no point"):
         compare.comparison(first, [])
 
