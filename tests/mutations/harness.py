@@ -92,8 +92,8 @@ MUTATIONS = {
     ),
     "moments of a step in the table's dtype": Mutation(
         "perf/op/shapes.py",
-        "rows + 2 * rows + 16 * rows // s",
-        "rows + 2 * rows + 4 * rows",
+        "every + 2 * every + 16 * every // s",
+        "every + 2 * every + 4 * every",
         "tests/perf/op/test_op.py -k bytes_are",
     ),
 }
