@@ -35,11 +35,11 @@ class HostedModule(nn.Module):
 
     Attributes:
         table_names: those of its parameters that several modules may share.
-        pool: the modules that share these, this one among them; None if none do.
+        pool: the modules that share these, this one among them; empty if none do.
     """
 
     table_names: ClassVar[tuple[str, ...]]
-    pool: Pool | None = None
+    pool: Pool | tuple[()] = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "parametrizations" and type(value) is nn.ModuleDict:
@@ -67,7 +67,7 @@ class HostedModule(nn.Module):
             new = self._parameters.get(name)
             if old is None or new is old:
                 continue
-            for module in self.pool or ():
+            for module in self.pool:
                 if module._parameters.get(name) is old:
                     module._parameters[name] = new
         self._adopt()
@@ -108,7 +108,7 @@ class HostedModule(nn.Module):
 
     def _share_again(self, loaded: set[Tensor]) -> None:
         """Loading made a parameter of each name; one that a checkpoint held is kept."""
-        pool = [module for module in self.pool or () if module.pool is self.pool]
+        pool = [module for module in self.pool if module.pool is self.pool]
         for name in self.table_names:
             tables = [getattr(module, name) for module in pool]
             if pool and getattr(self, name) not in loaded:

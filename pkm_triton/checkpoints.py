@@ -16,6 +16,7 @@ from ._saved_model import SavedModel
 from ._state import has_shards, is_plain, is_sharded, plain_name, savable, shared, unwrapped
 from .memory import _KeyValueMemory
 from .replace import absorbed_modules, put_memory
+from .sharing import pool_equals
 
 __all__ = ["load_with_memory", "read_tensors", "save_with_memory", "write_tensors"]
 
@@ -168,6 +169,7 @@ def _put(
         for name in names[1:]:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, model.get_parameter(names[0]))
+    pool_equals(memories.values())
     state = dict(saved.state)
     again = {name for names in saved.shared for name in names[1:]}
     for key, part in model.state_dict().items():

@@ -1,5 +1,6 @@
 """One pool of values for several memories (Berges et al. 2024)."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -60,13 +61,18 @@ def share_values(layers: Iterable[nn.Module]) -> tuple[nn.Parameter, ...]:
     for layer in memories:
         for name in first.table_names:
             setattr(layer, name, getattr(first, name))
-    # With those that share them already.
-    every = dict.fromkeys(each for layer in memories for each in (layer, *(layer.pool or ())))
-    pool = Pool(each for each in every if _same(each.tables, first.tables))
-    for layer in pool:
-        layer.pool = pool
+    pool_equals(memories)
     return first.tables
 
 
-def _same(tables: tuple[nn.Parameter, ...], others: tuple[nn.Parameter, ...]) -> bool:
-    return all(ours is theirs for ours, theirs in zip(tables, others, strict=True))
+def pool_equals(layers: Iterable[_KeyValueMemory]) -> None:
+    """Let memories that have the same tables know each other, with those that had them before."""
+    every = dict.fromkeys(each for layer in layers for each in (layer, *layer.pool))
+    pools: dict[tuple[int, ...], Pool] = defaultdict(Pool)
+    for layer in every:
+        # What a parametrization makes is made anew each time.
+        tables = (layer._parameters.get(name, layer) for name in layer.table_names)
+        pools[tuple(map(id, tables))].append(layer)
+    for pool in pools.values():
+        for layer in pool:
+            layer.pool = pool if len(pool) > 1 else ()

@@ -302,6 +302,7 @@ def test_tables_shared_pair_by_pair_stay_one():
     for other in (second, third):
         pkm.share_values([first, other])
     pkm.share_values([fourth, fifth])  # which leaves the first
+    assert list(first.pool) == [first, second, third]
     to_empty(layers)
     assert first.values is second.values is third.values
     assert fourth.values is fifth.values is not first.values

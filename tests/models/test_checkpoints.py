@@ -122,6 +122,8 @@ def test_shared_values_and_a_shared_layer_stay_shared(tmp_path):
     assert loaded.layers[2].ffn is loaded.layers[1].ffn
     assert loaded.layers[1].ffn is not loaded.layers[0].ffn
     assert len(list(loaded.parameters())) == len(list(model.parameters()))
+    loaded.load_state_dict(loaded.state_dict(), assign=True)
+    assert loaded.layers[0].ffn.values is loaded.layers[1].ffn.values
 
     apart = with_memories(own(), layers=(1, 2, 3))
     save_with_memory(apart, tmp_path / "apart.pt")
