@@ -101,15 +101,15 @@ class Results:
         return found[-1] if found else None
 
     def of(self, trials: Iterable[Trial], timed: Iterable[Trial]) -> "Results":
-        """The rows of these trials, whatever their seed, and the last timings of these models.
+        """The rows of these trials, whatever their seed, and timings of one call.
 
-        Of several calls (device, threads, tokens) all timings are of the last.
+        Of the calls (device, threads, tokens) in which these models were timed it is the last.
         """
         wanted = {dataclasses.replace(trial, seed=0) for trial in trials}
         kept = [row for row in self.trained if dataclasses.replace(row.trial, seed=0) in wanted]
         models = {trial.architecture() for trial in timed}
-        rows = [row for row in self.timed if row.trial in models]
-        return Results(kept, [row for row in rows if row.call == rows[-1].call])
+        calls = [row.call for row in self.timed if row.trial in models]
+        return Results(kept, [row for row in self.timed if row.call in calls[-1:]])
 
     @property
     def seeds(self) -> tuple[int, int]:
