@@ -67,6 +67,8 @@ def save(
             state_dict_saver.save(state, checkpoint_id=folder)
         return
     if ranks.rank == 0:
+        # A study of another process may have found it empty, and removed it.
+        path.parent.mkdir(exist_ok=True)
         content = {
             "format": _FORMAT,
             "version": _VERSION,

@@ -1,5 +1,6 @@
 """Train the models of a study, each recorded as soon as it is done."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -77,8 +78,6 @@ def train_trials(
         if ranks.rank == 0:
             progress(f"{number}/{len(todo)}: {trial.label()}")
         checkpoint = file.path.parent / "checkpoints" / f"{_training_of(trial).name}.pt"
-        if ranks.rank == 0:
-            checkpoint.parent.mkdir(exist_ok=True)
         goes_on = _training_of(trial) in map(_training_of, todo[number:])
         row = train_trial(
             trial,
@@ -93,7 +92,8 @@ def train_trials(
             file.add(row)
             if not goes_on:
                 checkpoints.remove(checkpoint)
-                _remove_empty(checkpoint.parent)
+                with contextlib.suppress(OSError):  # others of this folder are trained still
+                    checkpoint.parent.rmdir()
         ranks.wait()
     return len(todo)
 
@@ -151,8 +151,3 @@ def train_trial(
 def _training_of(trial: Trial) -> Trial:
     """The trial but for its steps, on whose number no learning rate depends, and its tuning."""
     return dataclasses.replace(trial.before_tuning(), steps=1)
-
-
-def _remove_empty(folder: Path) -> None:
-    if not any(folder.iterdir()):
-        folder.rmdir()

@@ -94,6 +94,24 @@ def test_a_trial_that_is_cut_off_loses_nothing(trial, text, file, tmp_path, monk
     assert [figures(row) for row in ours] == [figures(row) for row in theirs]
 
 
+def test_studies_of_two_processes_in_one_folder(trial, text, file, monkeypatch):
+    first, second = sizes(trial, 4, 8)
+    step = Trainer.train_step
+
+    def meanwhile(self):
+        if self.trial == first and self.step == 0:  # the other ends before this one is first saved
+            train_trials([second], RowFile(file.path, TrainedRow), text)
+            assert not (file.path.parent / "checkpoints").exists()
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", meanwhile)
+    train_trials([first], file, text, checkpoint_seconds=0)
+    monkeypatch.undo()
+    rows = read_rows(file.path, TrainedRow)
+    assert {row.trial for row in rows} == {first, second}
+    assert [path.name for path in file.path.parent.iterdir()] == [TRAINED_CSV]
+
+
 def test_a_full_disk_loses_no_finished_trial(trial, text, file, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
