@@ -185,7 +185,7 @@ def _line(
             str(key[1]),
             (x, perplexities[key]),
             textcoords="offset points",
-            xytext=(6, 5),
+            xytext=(6, -12),  # below the line, which falls to the left
             fontsize=9,
             color=colour,
         )

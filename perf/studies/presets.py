@@ -26,6 +26,7 @@ class Preset:
         least_reads, most_reads: heads · k outside which a pair is left out.
         depths: of `depth`: by width, by layers, the most memories.
         depth_size: |C| of its memories.
+        depth_steps: steps of its models, so many that they profit from depth without a memory.
         depth_heads: how many times as many attention heads its models have.
         fact_sizes: |C| of `facts`.
         fact_ffns: hidden widths of the FFN that `facts` compares the memory with.
@@ -49,6 +50,7 @@ class Preset:
     most_reads: int
     depths: Mapping[int, Mapping[int, int]]
     depth_size: int
+    depth_steps: int
     depth_heads: int
     fact_sizes: tuple[int, ...]
     fact_ffns: tuple[int, ...]
@@ -61,7 +63,9 @@ class Preset:
 
     def base(self, study: str) -> Trial:
         """The model that a study varies."""
-        return {"facts": self.facts, "forgetting": self.forgetting}.get(study, self.text)
+        longer = dataclasses.replace(self.text, steps=self.depth_steps)
+        bases = {"facts": self.facts, "forgetting": self.forgetting, "depth": longer}
+        return bases.get(study, self.text)
 
 
 _TINY = Trial(
@@ -156,6 +160,7 @@ PRESETS: dict[str, Preset] = {
         most_reads=8,
         depths={16: {2: 1, 3: 0}},
         depth_size=8,
+        depth_steps=8,
         depth_heads=1,
         fact_sizes=(4, 8),
         fact_ffns=(64,),
@@ -185,8 +190,9 @@ PRESETS: dict[str, Preset] = {
         top_ks=(4, 8, 16, 32),
         least_reads=16,
         most_reads=64,
-        depths={64: {4: 2, 6: 1, 8: 1, 12: 0}},
+        depths={64: {4: 1, 8: 1, 12: 0}},
         depth_size=128,
+        depth_steps=3200,
         depth_heads=1,
         fact_sizes=(16, 32, 64, 128, 256),
         fact_ffns=(256, 1024, 2048),
@@ -223,6 +229,7 @@ PRESETS: dict[str, Preset] = {
         most_reads=512,
         depths={1024: {12: 3, 16: 2, 24: 1}, 1600: {12: 1, 16: 1, 24: 0}},
         depth_size=512,
+        depth_steps=200_000,
         depth_heads=2,  # 16, the paper's
         fact_sizes=PAPER_SIZES,
         fact_ffns=(2048, 8192),
