@@ -132,6 +132,8 @@ def _run(
         base = dataclasses.replace(
             base, text=text.name, text_size=text.size, text_sha256=text.sha256
         )
+        if "train" in arguments.stages:
+            text.split()  # refuses too few documents before anything is written
     trials = [
         trial
         for seed in arguments.seeds

@@ -62,7 +62,8 @@ class Text:
             if not documents:
                 raise ValueError(
                     f"text: {self.name!r} has {len(self.documents)} documents, too few to split: "
-                    f"none is left for {side}"
+                    f"none is left for {side} (a file is taken apart at blank lines, a folder at "
+                    "its files)"
                 )
         return sides
 

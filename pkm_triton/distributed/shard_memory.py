@@ -170,7 +170,7 @@ def _described(model: nn.Module, layouts: tuple[str, ...], mesh: DeviceMesh) -> 
         values: Tensor = layer.values
         if layer.sharding is not None or hasattr(values, "full_tensor"):
             raise ValueError(f"memory {name!r} is sharded already")
-        others = [each for each in layer.pool or () if each._parameters.get("values") is values]
+        others = [each for each in layer.pool if each._parameters.get("values") is values]
         apart = getattr(values, "is_spread", False) or not ours.issuperset(map(id, others))
         if apart and layouts != ("replicate",):
             raise ValueError(

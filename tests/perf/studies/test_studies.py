@@ -238,6 +238,14 @@ def test_a_mistake_is_one_clear_line_and_nothing_is_written(arguments, message, 
     assert not folder.exists()
 
 
+def test_too_few_documents_are_refused_before_anything_is_written(tmp_path, capsys):
+    (tmp_path / "text").write_text("only one")
+    arguments = ["--text", str(tmp_path / "text"), "--output", str(tmp_path / "out")]
+    assert main(["study", "keys", *TINY, *arguments]) == 2
+    assert "has 1 documents, too few to split" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"\0\1\2", b"too short"], ids=["empty", "binary", "one"])
 def test_a_text_that_is_none_is_one_clear_line(content, tmp_path, capsys):
     (tmp_path / "text").write_bytes(content)
